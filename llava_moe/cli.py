@@ -1,0 +1,77 @@
+"""The `llava-moe` command. Each sub-command imports what it needs, so `--help` and `doctor` work without the rest."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turns an error about input into one line and exit code 2; LLAVA_MOE_TRACEBACK=1 shows where it arose."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("LLAVA_MOE_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}\n(LLAVA_MOE_TRACEBACK=1 shows the traceback)", file=sys.stderr)
+        sys.exit(2)
+
+
+# These commands declare their arguments in their own modules, which are imported only when asked for.
+_OWN_PARSER = {
+    "eval": ("score checkpoints with lmms-eval", "llava_moe.evaluation.run"),
+    "chat": ("talk to a checkpoint in the terminal", "llava_moe.serve.cli"),
+    "demo": ("talk to a checkpoint in the browser", "llava_moe.serve.gradio_app"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llava-moe", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, summary in (
+        ("train", "run one stage from a recipe (one process; scripts/train/*.sh start several)"),
+        ("upcycle", "make an MoE checkpoint from a dense one, as a recipe's `upcycle` section says"),
+    ):
+        command = commands.add_parser(name, help=summary)
+        command.add_argument("recipe", help="a YAML file under scripts/recipes/")
+        command.add_argument("overrides", nargs="*", help="dotted overrides, e.g. train.max_steps=10")
+    for name, (summary, _) in _OWN_PARSER.items():
+        commands.add_parser(name, help=summary)
+    commands.add_parser("doctor", help="what is installed, and what is missing for which feature")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with exit_on_user_error():
+        if argv and argv[0] in _OWN_PARSER:
+            module = importlib.import_module(_OWN_PARSER[argv[0]][1])
+            parser = argparse.ArgumentParser(prog=f"llava-moe {argv[0]}", description=module.__doc__)
+            module.add_arguments(parser)
+            module.main(parser.parse_args(argv[1:]))
+            return
+        arguments = _parser().parse_args(argv)
+        if arguments.command == "train":
+            from llava_moe.train import run as run_train
+
+            run_train(arguments.recipe, arguments.overrides)
+        elif arguments.command == "upcycle":
+            from llava_moe.upcycle import run as run_upcycle
+
+            run_upcycle(arguments.recipe, arguments.overrides)
+        elif arguments.command == "doctor":
+            from llava_moe.doctor import main as doctor
+
+            doctor()
+
+
+if __name__ == "__main__":
+    main()

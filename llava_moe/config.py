@@ -1,0 +1,212 @@
+"""Recipes: strict, typed YAML with dotted overrides. Dataclasses only; torch is not imported here.
+
+A recipe is an instance of `RunConfig`. It may name one other recipe under `base:` (a path relative to itself), whose
+values it then overrides. An unknown key is an error that suggests the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llava_moe.registry import near_misses
+
+
+class RecipeError(ValueError):
+    """A recipe or an override is wrong; the message names the file or the override and the key."""
+
+
+@dataclass
+class ModelSection:
+    """What is trained: a checkpoint of ours, or the parts of a first one."""
+
+    checkpoint: str | None = None  # a directory; when null, the parts below are assembled into <output_dir>/initial
+    vision_tower: str | None = None  # directory or hub id of a SigLIP/CLIP model, or timm:<architecture>
+    vision_weights: str | None = None  # safetensors for a timm tower; null means random, which must be asked for
+    image_size: int | None = None  # only for timm towers; the others know theirs
+    language_model: str | None = None  # directory or hub id of a causal LM
+    projector: str = "mlp2x_gelu"
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "default"  # default drops the CLS token, full keeps everything
+    random_weights: bool = False  # build tower (and LM) from their configs without weights: for smoke runs
+    attn_implementation: str = "sdpa"
+    dtype: str = "float32"  # of the loaded weights: float32, bfloat16
+
+
+@dataclass
+class StageSection:
+    """Which parts learn, and how fast. A part that is not named is frozen."""
+
+    name: str = MISSING
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    weight_decay: float = 0.0
+
+
+@dataclass
+class SourceSection:
+    """One LLaVA JSON file with the folder its image paths are relative to."""
+
+    path: str = MISSING
+    image_folder: str = MISSING
+
+
+@dataclass
+class DataSection:
+    """Training data and how a record becomes tokens."""
+
+    sources: list[SourceSection] = field(default_factory=list)
+    template: str | None = None  # null keeps the one saved with the checkpoint
+    image_mode: str | None = None  # square, pad; null keeps the saved one
+    max_length: int = 2048
+    overlong: str = "error"  # error, skip, truncate; what was skipped or cut is counted and reported
+    feature_cache: str | None = None  # folder for the features of a frozen tower; null computes them each time
+    check_images: bool = True  # decode every image before compute is spent
+
+
+@dataclass
+class BalanceSection:
+    """Coefficients of the balance losses by name; the mean over layers is multiplied by them."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class NamedSection:
+    """A registry name and its options."""
+
+    name: str = MISSING
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class UpcycleSection:
+    """How a dense checkpoint becomes an MoE one."""
+
+    parent: str = MISSING
+    layers: Any = "alternate"  # all, alternate (0, 2, 4, ...), first_half, second_half, or a list of indices
+    num_experts: int = 4
+    router: NamedSection = field(default_factory=lambda: NamedSection("top_k"))
+    upcycler: NamedSection = field(default_factory=lambda: NamedSection("copy"))
+    kernel: str = "grouped"
+    seed: int = 0
+
+
+@dataclass
+class RunConfig:
+    """One training run. `train` is handed to transformers' TrainingArguments and checked against its fields."""
+
+    output_dir: str = MISSING
+    seed: int = 0
+    stage: StageSection = field(default_factory=StageSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    balance: BalanceSection = field(default_factory=BalanceSection)
+    upcycle: UpcycleSection | None = None
+    deepspeed: str | None = None  # a DeepSpeed JSON; null trains with plain DDP
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a recipe, its base, and dotted overrides such as `train.learning_rate=1e-4`.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, a key is unknown, a value has the wrong type, or a required
+            value is absent.
+    """
+    path = Path(path)
+    merged = OmegaConf.structured(RunConfig)
+    for source, raw in _layers(path):
+        merged = _merge(merged, raw, str(source))
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise RecipeError(f"override {override!r} is not of the form key.key=value")
+        try:
+            raw = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise RecipeError(f"override {override!r}: {_first_line(error)}") from error
+        merged = _merge(merged, raw, f"override {override!r}")
+    return _to_object(merged, path)
+
+
+def dump_resolved(config: RunConfig, path: Path) -> None:
+    """Writes the resolved recipe, which can be run again as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _layers(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The recipe's own mapping, after that of its base."""
+    raw = _read_yaml(path)
+    base = raw.pop("base", None)
+    if base is None:
+        return [(path, raw)]
+    base_path = path.parent / str(base)
+    base_raw = _read_yaml(base_path)
+    if "base" in base_raw:
+        raise RecipeError(f"{base_path}: a base recipe may not have a base itself (asked for by {path})")
+    return [(base_path, base_raw), (path, raw)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe")
+    try:
+        # OmegaConf's own loader reads 1e-4 as a number, which plain YAML 1.1 does not.
+        raw = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections")
+    return {str(key): value for key, value in raw.items()}
+
+
+def _merge(merged: DictConfig, raw: Any, source: str) -> DictConfig:
+    _check_keys(raw, RunConfig, source, "")
+    try:
+        return OmegaConf.merge(merged, raw)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise RecipeError(f"{source}: {key or 'value'}: {_first_line(error)}") from error
+
+
+def _check_keys(raw: Any, schema: Any, source: str, prefix: str) -> None:
+    """Raises RecipeError for a key that the dataclass does not have, before omegaconf says so less kindly."""
+    if not isinstance(raw, dict) or not dataclasses.is_dataclass(schema):
+        return
+    known = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key, value in raw.items():
+        if key not in known:
+            raise RecipeError(f"{source}: unknown key {prefix}{key}; {near_misses(str(key), list(known))}")
+        child = _SECTIONS.get(str(known[key]).replace(" | None", ""))
+        if child is not None:
+            _check_keys(value, child, source, f"{prefix}{key}.")
+        elif str(known[key]) == "list[SourceSection]" and isinstance(value, list):
+            for i, item in enumerate(value):
+                _check_keys(item, SourceSection, source, f"{prefix}{key}[{i}].")
+
+
+_SECTIONS: dict[str, type] = {
+    section.__name__: section
+    for section in (ModelSection, StageSection, DataSection, BalanceSection, NamedSection, UpcycleSection)
+}
+
+
+def _to_object(merged: DictConfig, path: Path) -> RunConfig:
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise RecipeError(f"{path}: {key or 'value'} must be set: {_first_line(error)}") from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,1 @@
+"""Records in, batches out. Knows token counts, never model code."""

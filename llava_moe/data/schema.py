@@ -1,0 +1,186 @@
+"""The one record format: LLaVA's JSON (or jsonl) conversations, checked strictly.
+
+A record is `{"id", "image": str | list[str] (absent: text only), "conversations": [{"from": "human"|"gpt", "value"}]}`.
+Turns written as `{"role": "user"|"assistant", "content"}` are read too. Other keys are ignored. Records in the wild
+break these rules silently (images without a marker, two user turns in a row) and are usually trained on all the same;
+here each one is refused with its id.
+"""
+
+from __future__ import annotations
+
+import json
+import os.path
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+IMAGE_MARKER = "<image>"
+
+Role = Literal["user", "assistant"]
+_ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+class DataError(ValueError):
+    """A record, image or data file that cannot be trained on; the message names it and says how to mend it."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. `text` may contain image markers in user turns only."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One checked record: image files in the order of their markers, and alternating turns that end with an answer."""
+
+    id: str
+    images: tuple[Path, ...]
+    turns: tuple[Turn, ...]
+    source: str
+
+
+def load_records(path: Path) -> list[dict[str, Any]]:
+    """Reads a JSON list, or one JSON object per line if the file is called *.jsonl.
+
+    Raises:
+        DataError: the file is missing, is not valid JSON (with line and column), or holds anything but objects.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such data file; check the path in the recipe") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text at byte {error.start}; convert the file to UTF-8") from error
+    records: list[Any] = []
+    if path.suffix == ".jsonl":
+        # split at "\n" only: a raw U+2028 inside a string is legal JSON, and str.splitlines would cut there
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                records.append(_parse_json(line, path, first_line=number))
+    else:
+        parsed = _parse_json(text, path, first_line=1)
+        if not isinstance(parsed, list):
+            raise DataError(
+                f"{path}: the top level is {type(parsed).__name__}, expected a list of records; "
+                "for one record per line name the file *.jsonl"
+            )
+        records = parsed
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise DataError(f"{path}: record {index} is {type(record).__name__}, expected an object")
+    return records
+
+
+def _parse_json(text: str, path: Path, *, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DataError(f"{path}: not valid JSON at line {line}, column {error.colno}: {error.msg}") from error
+
+
+def parse_record(record: dict[str, Any], image_folder: Path, source: str) -> Sample:
+    """Checks one training record and resolves its image paths (without opening them).
+
+    Args:
+        record: one object of `load_records`.
+        image_folder: image paths are relative to it and may not leave it.
+        source: name of the data file, for messages.
+
+    Raises:
+        DataError: any rule of the module is broken.
+    """
+    sample_id = record.get("id")
+    if not isinstance(sample_id, (str, int)) or isinstance(sample_id, bool):
+        raise DataError(
+            f"{source}: a record has id {sample_id!r}; give every record a string 'id' (keys: {sorted(record)})"
+        )
+    where = f"{source}: record {str(sample_id)!r}"
+    if "video" in record:
+        raise DataError(f"{where}: has a 'video', which is not supported; remove the record or convert it to images")
+    images = _image_paths(record.get("image"), Path(image_folder), where)
+    turns = parse_turns(record.get("conversations"), where)
+    if turns[-1].role != "assistant":
+        raise DataError(f"{where}: the last turn is from the user; end the conversation with an answer (from: gpt)")
+    return Sample(id=str(sample_id), images=images, turns=place_markers(turns, len(images), where), source=source)
+
+
+def parse_turns(conversations: Any, where: str) -> tuple[Turn, ...]:
+    """Reads LLaVA or role/content turns: user first, then strictly alternating.
+
+    Raises:
+        DataError: an empty or malformed conversation, an unknown role, or two turns of one role in a row.
+    """
+    if not isinstance(conversations, list) or not conversations:
+        raise DataError(f"{where}: 'conversations' must be a list with at least one turn")
+    turns = []
+    for index, message in enumerate(conversations):
+        if not isinstance(message, dict):
+            raise DataError(
+                f"{where}: turn {index} is {type(message).__name__}, expected an object with from and value"
+            )
+        role_name = message.get("from", message.get("role"))
+        text = message.get("value", message.get("content"))
+        if role_name not in _ROLES:
+            raise DataError(f"{where}: turn {index} is from {role_name!r}; known: {', '.join(_ROLES)}")
+        if not isinstance(text, str):
+            raise DataError(f"{where}: turn {index} has no text; 'value' must be a string, found {type(text).__name__}")
+        turn = Turn(role=_ROLES[role_name], text=text)
+        expected: Role = "user" if index % 2 == 0 else "assistant"
+        if turn.role != expected:
+            raise DataError(
+                f"{where}: turn {index} is from {role_name!r} where the {expected} should speak; "
+                "a conversation starts with the user and roles alternate - remove or merge turns"
+            )
+        if turn.role == "assistant" and IMAGE_MARKER in text:
+            raise DataError(
+                f"{where}: turn {index} is an answer that contains {IMAGE_MARKER}; markers belong to user turns"
+            )
+        turns.append(turn)
+    return tuple(turns)
+
+
+def place_markers(turns: tuple[Turn, ...], num_images: int, where: str) -> tuple[Turn, ...]:
+    """Checks that there is one marker for each image, and moves a single marker to the front of its turn.
+
+    With one image LLaVA puts the marker first, followed by a newline, wherever the annotator wrote it; with several
+    images every marker keeps its place (LLaVA-NeXT).
+
+    Raises:
+        DataError: the number of markers differs from the number of images.
+    """
+    num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
+    if num_markers != num_images:
+        mend = (
+            f"write {IMAGE_MARKER} once for each image into a user turn"
+            if num_markers < num_images
+            else f"remove the surplus {IMAGE_MARKER} or list the missing files under 'image'"
+        )
+        raise DataError(f"{where}: {num_images} image(s) but {num_markers} {IMAGE_MARKER} marker(s); {mend}")
+    if num_images != 1:
+        return turns
+    return tuple(
+        Turn(turn.role, f"{IMAGE_MARKER}\n{turn.text.replace(IMAGE_MARKER, '').strip()}")
+        if IMAGE_MARKER in turn.text and not turn.text.startswith(IMAGE_MARKER)
+        else turn
+        for turn in turns
+    )
+
+
+def _image_paths(value: Any, image_folder: Path, where: str) -> tuple[Path, ...]:
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise DataError(f"{where}: 'image' must be a file name or a list of file names, found {value!r}")
+    # Lexical on purpose: data folders are often assembled from symbolic links that resolve elsewhere.
+    root = os.path.abspath(image_folder)
+    paths = []
+    for name in names:
+        path = os.path.normpath(os.path.join(root, name))
+        if not path.startswith(root.rstrip(os.sep) + os.sep):
+            raise DataError(f"{where}: image {name!r} leaves the image folder {image_folder}; use a path inside it")
+        paths.append(Path(path))
+    return tuple(paths)

@@ -1,0 +1,1 @@
+"""The model: stock transformers classes with MoE layers, and the programs that put checkpoints together."""

@@ -1,0 +1,242 @@
+"""The stock LLaVA class with MoE layers in its decoder: one class for the dense and for the sparse model.
+
+Surgery happens inside `__init__` and from the config alone, so `from_pretrained` rebuilds the same modules before it
+loads. Attention, cache, generation and saving stay transformers' own.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel, slice_logits_to_keep
+
+from llava_moe.model.configuration import LlavaMoeConfig
+from llava_moe.model.projector import PROJECTORS
+from llava_moe.model.sites import install_moe
+from llava_moe.moe import Experts, Router, Routing, RoutingContext, RoutingScope
+
+
+class CheckpointError(ValueError):
+    """A checkpoint does not hold what its config promises."""
+
+
+def _refuse_partial(source: str, info: dict[str, Any]) -> None:
+    """Raises CheckpointError when tensors are missing, or when decoder tensors of the files have no place."""
+    missing = sorted(info["missing_keys"])
+    # Stock files may hold parts of a tower that are not built here (a pooling head); a decoder must match in full.
+    unused = sorted(key for key in info["unexpected_keys"] if "language_model" in key)
+    if not missing and not unused:
+        return
+    expertless = any(".mlp.experts." in key or ".mlp.router." in key for key in missing)
+    hint = "make the MoE checkpoint with `llava-moe upcycle`" if expertless else "weights and config.json do not match"
+    said = [f"{what} {_some(keys)}" for what, keys in (("missing", missing), ("not used", unused)) if keys]
+    raise CheckpointError(f"{source}: {'; '.join(said)}; {hint}")
+
+
+def _some(keys: list[str], limit: int = 4) -> str:
+    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+@dataclass
+class LlavaMoeOutput(LlavaCausalLMOutputWithPast):  # type: ignore[misc]  # transformers types it as Any
+    """The stock output plus the routings of this forward, by decoder layer; the loss is cross-entropy alone."""
+
+    routings: dict[int, Routing] | None = None
+
+
+class _InitMixin:
+    """Lets our modules draw their own initial values; transformers knows nothing of them."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Router | Experts):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class MoeModelMixin(_InitMixin):
+    """Turns a stock inner model (tower, projector and decoder, without the head) into ours."""
+
+    config: LlavaMoeConfig
+
+    def __init__(self, config: LlavaMoeConfig) -> None:
+        super().__init__(config)
+        self.scope = RoutingScope()
+        self.multi_modal_projector = PROJECTORS.get(config.projector)(config)
+        section = config.moe_section
+        if section is not None:
+            install_moe(self.language_model, config.text_config, section, self.scope)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        if pixel_values.ndim == 3:  # (B, N, C): features of a frozen tower, read from a cache
+            features = self.multi_modal_projector(pixel_values.to(self.dtype))
+            return BaseModelOutputWithPooling(pooler_output=list(features))
+        return super().get_image_features(pixel_values=pixel_values, **kwargs)
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        """As in the stock class, but a batch without placeholders may come with a dummy picture.
+
+        Every rank must run the tower and the projector on every batch, or ZeRO waits for ever; the collator gives
+        text-only batches one blank picture, and with an empty mask its gradient is zero.
+        """
+        if input_ids is not None and not (input_ids == self.config.image_token_id).any():
+            return (input_ids == self.config.image_token_id).unsqueeze(-1)
+        return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+
+
+class MoeMixin(_InitMixin):
+    """Turns a stock LLaVA class into ours, dense when `config.moe` is None, else with the layers it describes.
+
+    It returns cross-entropy and routings apart and never adds them: `training/objective.py` owns every coefficient.
+    """
+
+    config_class = LlavaMoeConfig
+    config: LlavaMoeConfig
+    # Training checkpoints keep the in-memory names: the Trainer resumes by exactly these (see docs/architecture.md).
+    save_original_format = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # generate() and the Trainer read forward's signature, so the stock one is shown; one wrapper for each class.
+        stock = next(base for base in cls.__mro__[1:] if base is not MoeMixin and "forward" in vars(base))
+
+        @functools.wraps(stock.forward)  # type: ignore[attr-defined]
+        def forward(self: Any, *args: Any, **kwargs: Any) -> LlavaMoeOutput:
+            return MoeMixin.forward(self, *args, **kwargs)
+
+        cls.forward = forward  # type: ignore[method-assign]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        vision_features: Tensor | None = None,
+        loss_only: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> LlavaMoeOutput:
+        """The stock forward with three additions.
+
+        Args:
+            vision_features: (images, N, C) tower output in the place of `pixel_values`.
+            loss_only: compute logits at label positions only and do not return them; the vocabulary projection is
+                most of the work of a small decoder, and nearly all positions are prompt.
+            num_items_in_batch: number of label tokens that the summed cross-entropy is divided by; the default is
+                the number in this batch (at least 1, so a batch without any label has loss 0 and not NaN).
+        """
+        if vision_features is not None and pixel_values is not None:
+            raise ValueError("give pixel_values or vision_features, not both")
+        self._set_context(input_ids, inputs_embeds, attention_mask)
+        with self.model.scope.recording() as routings:
+            outputs = self.model(
+                input_ids=input_ids,
+                pixel_values=pixel_values if vision_features is None else vision_features,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        hidden = outputs[0]
+        loss = logits = None
+        if labels is not None:
+            loss, logits = self._cross_entropy(hidden, labels, num_items_in_batch, loss_only)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        return LlavaMoeOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            routings=routings if routings else None,
+        )
+
+    def _cross_entropy(
+        self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None, loss_only: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Next-token cross-entropy: positions 0..S-2 predict labels 1..S-1."""
+        targets = labels[:, 1:]
+        at_label = targets != -100
+        logits = None if loss_only else self.lm_head(hidden)
+        predicted = self.lm_head(hidden[:, :-1][at_label]) if logits is None else logits[:, :-1][at_label]
+        total = F.cross_entropy(predicted.float(), targets[at_label], reduction="sum")
+        divisor = at_label.sum().clamp(min=1) if num_items is None else torch.as_tensor(num_items).clamp(min=1)
+        return total / divisor.to(total.device), logits
+
+    def _set_context(self, input_ids: Tensor | None, embeds: Tensor | None, attention_mask: Tensor | None) -> None:
+        """Tells the MoE layers which tokens are padding and which stand for a picture."""
+        if self.config.moe is None:
+            return
+        given = input_ids if input_ids is not None else embeds
+        if given is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        batch, length = given.shape[:2]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            # With a cache the mask covers the past too; the tokens at hand are its last columns.
+            mask = attention_mask[:, -length:].bool()
+        elif attention_mask is None or not self.training:
+            mask = torch.ones(batch, length, dtype=torch.bool, device=given.device)
+        else:
+            raise ValueError("training a MoE model needs a 2-D attention_mask: balance losses must know the padding")
+        rows = torch.arange(batch, device=given.device).unsqueeze(-1).expand(batch, length)
+        image_token = self.config.image_token_id
+        self.model.scope.set_context(
+            RoutingContext(
+                token_mask_T=mask.reshape(-1),
+                sequence_T=rows.reshape(-1),
+                modality_T=None if input_ids is None else (input_ids == image_token).reshape(-1).long(),
+                token_ids_T=None if input_ids is None else input_ids.reshape(-1),
+            )
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but nothing may be missing.
+
+        Raises:
+            CheckpointError: tensors that the config promises are not in the files, for example because a dense
+                checkpoint is loaded with a config that has experts.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        _refuse_partial(str(pretrained_model_name_or_path), info)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("save_original_format", self.save_original_format)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Refuses the reentrant kind, which keeps the value of the balance loss and silently loses its gradient."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True loses the gradient of the balance loss; use use_reentrant=False")
+        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+
+
+class LlavaMoeModel(MoeModelMixin, LlavaModel):  # type: ignore[misc]  # transformers types it as Any
+    """LLaVA's inner model."""
+
+
+class LlavaMoeForConditionalGeneration(MoeMixin, LlavaForConditionalGeneration):  # type: ignore[misc]
+    """LLaVA (2304.08485, 2310.03744), dense or sparse."""
+
+    def __init__(self, config: LlavaMoeConfig) -> None:
+        # The stock constructor would build the stock inner model; its own parent's does the rest.
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = LlavaMoeModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()

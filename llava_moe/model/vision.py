@@ -1,0 +1,105 @@
+"""Vision towers that transformers does not have by itself: any timm model whose feature grid stands for patches.
+
+SigLIP, CLIP and DINOv2 towers are transformers' own classes and need nothing here; both kinds have the same interface
+(`pixel_values` in, `hidden_states` out), so the rest of the model does not know which one it holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+@strict
+class TimmTowerConfig(PretrainedConfig):  # type: ignore[misc]  # transformers types it as Any
+    """A timm backbone as a tower.
+
+    Attributes:
+        architecture: a timm model name.
+        image_size: side of the square input in pixels.
+        patch_size: pixels per grid cell, the stride of the final feature map.
+        hidden_size: channels C of the grid.
+        feature_norm: normalise every feature vector to mean 0 and variance 1; CNN features after a ReLU are sparse,
+            positive and of very unequal scale, which a projector learns slowly from.
+    """
+
+    model_type = "llava_moe_timm"
+
+    architecture: str = "tf_efficientnet_lite0"
+    image_size: int = 128
+    patch_size: int = 32
+    hidden_size: int = 1280
+    feature_norm: bool = True
+
+
+class TimmTower(PreTrainedModel):  # type: ignore[misc]  # transformers types it as Any
+    """(B, 3, H, W) pixels to (B, N, C) features, N = (H / patch) * (W / patch), row-major."""
+
+    config_class = TimmTowerConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "backbone"
+    _no_split_modules: list[str] = []
+    # timm chooses its own attention; whatever is asked of the decoder must not stop at the tower.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: TimmTowerConfig) -> None:
+        super().__init__(config)
+        self.backbone = timm.create_model(config.architecture, pretrained=False, num_classes=0, global_pool="")
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """timm initialises its own modules."""
+
+    def train(self, mode: bool = True) -> TimmTower:
+        # Batch statistics of a few composed pictures would wreck the running averages: the tower's norms stay frozen.
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: Any = None, return_dict: bool = True, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Computes the final grid; `hidden_states` has one entry, so only the feature layer -1 exists."""
+        grid = self.backbone.forward_features(pixel_values)
+        if grid.ndim == 4:
+            features = grid.flatten(2).transpose(1, 2)
+        else:
+            features = grid[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
+        if self.config.feature_norm:
+            features = F.layer_norm(features.float(), features.shape[-1:]).to(features.dtype)
+        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,))
+
+
+def timm_tower_config(architecture: str, image_size: int, feature_norm: bool = True) -> TimmTowerConfig:
+    """Finds patch size and channels of a timm model by looking at what it returns.
+
+    Raises:
+        ValueError: timm does not know the architecture, or the image size is no multiple of its stride.
+    """
+    if architecture not in timm.list_models():
+        near = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
+        raise ValueError(f"timm has no model {architecture!r}; similar names: {', '.join(near) or 'none'}")
+    config = TimmTowerConfig(architecture=architecture, image_size=image_size, feature_norm=feature_norm)
+    tower = TimmTower(config).eval()
+    with torch.no_grad():
+        features = tower(torch.zeros(1, 3, image_size, image_size)).last_hidden_state
+    side = round(features.shape[1] ** 0.5)
+    if side * side != features.shape[1] or image_size % side:
+        raise ValueError(
+            f"{architecture} gives {features.shape[1]} features for {image_size} px, which is no square grid of whole "
+            "patches; choose an image size that is a multiple of its stride"
+        )
+    config.patch_size = image_size // side
+    config.hidden_size = features.shape[-1]
+    return config

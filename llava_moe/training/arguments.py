@@ -1,0 +1,59 @@
+"""From a recipe's `train` section to transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from llava_moe.config import RecipeError, RunConfig
+from llava_moe.registry import near_misses
+from llava_moe.training.stage import resolve_bf16
+
+# Set by other keys of the recipe, or fixed because another value would be wrong.
+_OWNED = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "deepspeed": "deepspeed",
+    "learning_rate": "stage.learning_rates",
+    "weight_decay": "stage.weight_decay",
+    "remove_unused_columns": None,
+    "average_tokens_across_devices": None,
+}
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """Checks the section and builds the arguments.
+
+    Raises:
+        RecipeError: a key is no field of TrainingArguments, belongs elsewhere in the recipe, or has a refused value.
+    """
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    values = dict(config.train)
+    for key in values:
+        if key in _OWNED:
+            place = _OWNED[key]
+            raise RecipeError(f"train.{key} cannot be set; " + (f"set {place}" if place else "the trainer fixes it"))
+        if key not in fields:
+            raise RecipeError(f"train.{key} is no field of TrainingArguments; {near_misses(key, sorted(fields))}")
+    checkpointing = values.get("gradient_checkpointing_kwargs") or {}
+    if checkpointing.get("use_reentrant"):
+        raise RecipeError("train.gradient_checkpointing_kwargs.use_reentrant=true loses the balance loss's gradient")
+    if config.deepspeed is not None and not Path(config.deepspeed).is_file():
+        raise RecipeError(f"deepspeed: {config.deepspeed}: no such file")
+    values["bf16"] = resolve_bf16(values.get("bf16", False))
+    defaults: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "lr_scheduler_type": "cosine"}
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        seed=config.seed,
+        deepspeed=config.deepspeed,
+        # Without use_cpu two CPU ranks would train two models that never meet, and exit with success.
+        use_cpu=values.pop("use_cpu", not torch.cuda.is_available()),
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        learning_rate=max(config.stage.learning_rates.values(), default=0.0),
+        **{**defaults, **values},
+    )

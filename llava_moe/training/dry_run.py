@@ -1,0 +1,96 @@
+"""What a recipe would do, without data, weights or GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModel
+from transformers import logging as transformers_logging
+
+from llava_moe.config import RunConfig
+from llava_moe.model.configuration import LlavaMoeConfig, MoeSection, NamedArgs
+from llava_moe.model.modeling import LlavaMoeForConditionalGeneration
+from llava_moe.model.upcycling import count_parameters, select_layers
+from llava_moe.moe import BALANCE_LOSSES, UPCYCLERS
+from llava_moe.training.arguments import training_arguments
+from llava_moe.training.stage import apply_stage, count_trainable
+
+
+def describe(source: str, config: RunConfig) -> str:
+    """The resolved recipe and, where the configs of its parts are at hand, the parameter counts.
+
+    Raises:
+        RecipeError, RegistryError, ValueError: the recipe would be refused.
+    """
+    # DeepSpeed would ask for a launcher; everything else about the arguments is checked as in a real run.
+    arguments = training_arguments(dataclasses.replace(config, deepspeed=None))
+    for name in config.balance.losses:
+        BALANCE_LOSSES.get(name)
+    if config.upcycle is not None:
+        UPCYCLERS.get(config.upcycle.upcycler.name).build(config.upcycle.upcycler.args)
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    lines = [
+        f"# {source} (dry run)",
+        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip(),
+        f"# samples per step and device: {batch}",
+        f"# {_parameters(config)}",
+    ]
+    return "\n".join(lines)
+
+
+def _parameters(config: RunConfig) -> str:
+    transformers_logging.set_verbosity_error()
+    try:
+        shape = _shape(config)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        return f"parameters: unknown here, a config of the parts is not on this machine ({reason[:160]})"
+    with torch.device("meta"):
+        model = LlavaMoeForConditionalGeneration(shape)
+    apply_stage(model, config.stage)
+    counts = count_parameters(model)
+    return (
+        f"parameters: {counts['total']:,} total, {counts['active']:,} active per token, "
+        f"{count_trainable(model):,} trainable in stage {config.stage.name}"
+    )
+
+
+def _shape(config: RunConfig) -> LlavaMoeConfig:
+    """The config of the model that the run would train."""
+    if config.upcycle is not None:
+        dense: Any = AutoConfig.from_pretrained(config.upcycle.parent)
+        section = MoeSection(
+            layers=tuple(select_layers(config.upcycle.layers, dense.text_config.num_hidden_layers)),
+            num_experts=config.upcycle.num_experts,
+            router=NamedArgs(config.upcycle.router.name, dict(config.upcycle.router.args)),
+        )
+        return LlavaMoeConfig.from_dict({**dense.to_dict(), "moe": section.to_dict()})
+    if config.model.checkpoint is not None:
+        found: Any = AutoConfig.from_pretrained(config.model.checkpoint)
+        return LlavaMoeConfig.from_dict({k: v for k, v in found.to_dict().items() if k != "model_type"})
+    return _assembled_shape(config)
+
+
+def _assembled_shape(config: RunConfig) -> LlavaMoeConfig:
+    section = config.model
+    tower = str(section.vision_tower)
+    if tower.startswith("timm:"):
+        from llava_moe.model.vision import timm_tower_config
+
+        vision: Any = timm_tower_config(tower.removeprefix("timm:"), section.image_size or 224)
+    else:
+        found: Any = AutoConfig.from_pretrained(tower)
+        vision = getattr(found, "vision_config", found)
+    text = AutoConfig.from_pretrained(str(section.language_model))
+    if type(vision) not in AutoModel._model_mapping:  # type: ignore[attr-defined]
+        raise ValueError(f"model.vision_tower={tower}: transformers has no tower for {vision.model_type}")
+    return LlavaMoeConfig(
+        vision_config=vision,
+        text_config=text,
+        projector=section.projector,
+        vision_feature_layer=section.vision_feature_layer,
+        vision_feature_select_strategy=section.vision_feature_select_strategy,
+    )

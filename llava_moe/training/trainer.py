@@ -1,0 +1,70 @@
+"""transformers' Trainer with three overrides: the loss, the optimiser's groups, the sampler. Nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from llava_moe.training.objective import balance_terms, combine
+from llava_moe.training.telemetry import RoutingMeter
+
+
+class LlavaMoeTrainer(Trainer):  # type: ignore[misc]  # transformers types it as Any
+    """Trains any stage.
+
+    Args:
+        parameter_groups: from `stage.apply_stage`.
+        balance: coefficients of the balance losses.
+    """
+
+    # The objective has divided by the label tokens of the whole step; the Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, *args: Any, parameter_groups: list[dict[str, Any]], balance: Mapping[str, float], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.parameter_groups = parameter_groups
+        self.balance = dict(balance)
+        self.meter = RoutingMeter()
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        output = model(**inputs, loss_only=True, use_cache=False, num_items_in_batch=num_items_in_batch)
+        scope = self.model.model.scope
+        routings = output.routings or {}
+        objective = combine(
+            output.loss,
+            balance_terms(routings, scope, self.balance),
+            self.balance,
+            accumulation_steps=self.current_gradient_accumulation_steps,
+            world_size=self.accelerator.num_processes,
+        )
+        self.meter.update(objective.parts, routings, scope)
+        return (objective.total, output) if return_outputs else objective.total
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            self.optimizer = optimizer_class(self.parameter_groups, **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        # The stock branch would decode every image to learn the lengths; our data sets know them.
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
+        return LengthGroupedSampler(step, lengths=dataset.lengths, generator=generator)
