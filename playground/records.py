@@ -96,7 +96,7 @@ def evaluation_record(example: Example, number: int, png: bytes) -> dict[str, An
             "question": example.question,
             "answer": example.answer,
         }
-    options = {letter: "nan" for letter in LETTERS} | dict(zip(LETTERS, example.options, strict=False))
+    options = dict.fromkeys(LETTERS, "nan") | dict(zip(LETTERS, example.options, strict=False))
     return common | {
         "index": number,
         "question": example.question,

@@ -148,7 +148,7 @@ def _procedural_shapes(side: int, rng: np.random.Generator) -> ShapeSource:
     def picture(item: ShapePicture) -> Image.Image:
         split, number = item.key.split("/")
         own = np.random.default_rng([salt, int(number), len(split)])
-        return forms.draw_shape(item.shape, item.colour, side, own)
+        return forms.draw_shape(str(item.shape), str(item.colour), side, own)
 
     return ShapeSource(splits, picture)
 

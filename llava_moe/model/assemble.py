@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
@@ -54,14 +55,32 @@ def check_checkpoint(path: str | Path) -> Path:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise CheckpointError(f"{path}: no config.json there (found {found}); name the directory of one checkpoint")
     try:
-        model_type = json.loads(config_file.read_text()).get("model_type")
+        config = json.loads(config_file.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{config_file}: not valid JSON: {error}") from error
+    model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type not in _SUPPORTED:
         raise CheckpointError(f"{path}: its model_type is {model_type!r}; this program reads {' and '.join(_SUPPORTED)}")
     if not list(path.glob("*.safetensors")):
         raise CheckpointError(f"{path}: no *.safetensors there; the checkpoint was not written to its end")
+    _check_weight_files(path)
     return path
+
+
+def _check_weight_files(path: Path) -> None:
+    """Reads the headers only: a cut file or an absent shard is found before any weight is loaded."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        absent = sorted(name for name in named if not (path / name).is_file())
+        if absent:
+            raise CheckpointError(f"{path}: {absent[0]} is missing ({len(absent)} of {len(named)} shards); copy it again")
+    for file in path.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: damaged or cut short ({error}); copy or write it again") from error
 
 
 def load_model(
@@ -117,9 +136,10 @@ def assemble(section: ModelSection, seed: int = 0) -> Assembled:
     )
     model = LlavaMoeForConditionalGeneration(config).eval()
     model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.model.language_model.load_state_dict(decoder.model.state_dict())
-    model.lm_head.load_state_dict(decoder.lm_head.state_dict())
+    model.model.language_model.load_state_dict(decoder.base_model.state_dict())
+    model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict())
     model.generation_config = decoder.generation_config
+    _check_same_answers(model, decoder, section)
     _calibrate_projector(model)
     return Assembled(model, tokenizer, num_extra)
 
@@ -136,13 +156,37 @@ def _load_decoder(section: ModelSection) -> tuple[nn.Module, PreTrainedTokenizer
             decoder = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.language_model={source}: {str(error).splitlines()[0]}") from error
+    head = decoder.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(
+            f"model.language_model={source}: the vocabulary projection of {type(decoder).__name__} is no linear map "
+            "without bias, and LLaVA's is; choose another decoder"
+        )
     if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        # without the flag the decoder's own extra special tokens would be forgotten
+        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     rows = decoder.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         # Rows are added at the mean of the others, and to a multiple of 64 as GPUs like it.
         decoder.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
     return decoder, tokenizer
+
+
+@torch.no_grad()
+def _check_same_answers(model: nn.Module, decoder: nn.Module, section: ModelSection) -> None:
+    """LLaVA's head is a bare linear map: a decoder that scales or caps its logits would silently become another one.
+
+    Raises:
+        ValueError: on text alone, the assembled model's logits are not the decoder's.
+    """
+    ids = torch.arange(min(16, decoder.config.vocab_size)).unsqueeze(0)
+    expected = decoder.eval()(input_ids=ids).logits.float()
+    found = model(input_ids=ids).logits.float()
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+        raise ValueError(
+            f"model.language_model={section.language_model}: {type(decoder).__name__} changes its logits after the "
+            f"vocabulary projection (by {(found - expected).abs().max():.2g}), and LLaVA does not; choose another decoder"
+        )
 
 
 def _load_tower(section: ModelSection) -> nn.Module:

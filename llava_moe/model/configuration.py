@@ -18,6 +18,17 @@ class NamedArgs:
     name: str
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @staticmethod
+    def from_dict(raw: Any, where: str) -> NamedArgs:
+        """Parses `{"name": ..., "args": {...}}`.
+
+        Raises:
+            ValueError: it has another form.
+        """
+        if not isinstance(raw, dict) or "name" not in raw or not set(raw) <= {"name", "args"}:
+            raise ValueError(f'config.json: {where} must be {{"name": ..., "args": {{...}}}}; got {raw!r}')
+        return NamedArgs(raw["name"], dict(raw.get("args") or {}))
+
 
 @dataclasses.dataclass(frozen=True)
 class MoeSection:
@@ -54,7 +65,7 @@ class MoeSection:
             raise ValueError(f"config.json: moe.layers must name at least one layer, each once; got {raw['layers']}")
         if int(raw["num_experts"]) < 1:
             raise ValueError(f"config.json: moe.num_experts must be at least 1; got {raw['num_experts']}")
-        named = {key: NamedArgs(**raw[key]) for key in ("router", "experts") if key in raw}
+        named = {key: NamedArgs.from_dict(raw[key], f"moe.{key}") for key in ("router", "experts") if key in raw}
         return MoeSection(layers=layers, num_experts=int(raw["num_experts"]), **named)
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,7 +28,15 @@ class CheckpointError(ValueError):
 
 
 def _refuse_partial(source: str, info: dict[str, Any]) -> None:
-    """Raises CheckpointError when tensors are missing, or when decoder tensors of the files have no place."""
+    """Raises CheckpointError when tensors are missing or of another shape, or decoder tensors have no place."""
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        key, found, wanted = mismatched[0]
+        rest = f" and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
+        raise CheckpointError(
+            f"{source}: {key} is {tuple(found)} in the files, config.json asks for {tuple(wanted)}{rest}; "
+            "weights and config.json do not match"
+        )
     missing = sorted(info["missing_keys"])
     # Stock files may hold parts of a tower that are not built here (a pooling head); a decoder must match in full.
     unused = sorted(key for key in info["unexpected_keys"] if "language_model" in key)
@@ -206,12 +214,15 @@ class MoeMixin(_InitMixin):
         """As in transformers, but nothing may be missing.
 
         Raises:
-            CheckpointError: tensors that the config promises are not in the files, for example because a dense
-                checkpoint is loaded with a config that has experts.
+            CheckpointError: tensors that the config promises are not in the files or have another shape, for example
+                because a dense checkpoint is loaded with a config that has experts.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            **{**kwargs, "ignore_mismatched_sizes": True},  # refused below, by name
         )
         _refuse_partial(str(pretrained_model_name_or_path), info)
         return (model, info) if wants_info else model
@@ -220,11 +231,13 @@ class MoeMixin(_InitMixin):
         kwargs.setdefault("save_original_format", self.save_original_format)
         super().save_pretrained(save_directory, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Refuses the reentrant kind, which keeps the value of the balance loss and silently loses its gradient."""
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True loses the gradient of the balance loss; use use_reentrant=False")
-        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **kwargs)
 
 
 class LlavaMoeModel(MoeModelMixin, LlavaModel):  # type: ignore[misc]  # transformers types it as Any

@@ -22,7 +22,10 @@ _OWNED = {
     "weight_decay": "stage.weight_decay",
     "remove_unused_columns": None,
     "average_tokens_across_devices": None,
+    "label_smoothing_factor": None,  # our loss would ignore it without a word
 }
+_STRATEGIES = ("random", "sequential", "group_by_length")
+_AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
@@ -31,7 +34,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     Raises:
         RecipeError: a key is no field of TrainingArguments, belongs elsewhere in the recipe, or has a refused value.
     """
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    fields = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     values = dict(config.train)
     for key in values:
         if key in _OWNED:
@@ -39,21 +42,37 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             raise RecipeError(f"train.{key} cannot be set; " + (f"set {place}" if place else "the trainer fixes it"))
         if key not in fields:
             raise RecipeError(f"train.{key} is no field of TrainingArguments; {near_misses(key, sorted(fields))}")
-    checkpointing = values.get("gradient_checkpointing_kwargs") or {}
-    if checkpointing.get("use_reentrant"):
-        raise RecipeError("train.gradient_checkpointing_kwargs.use_reentrant=true loses the balance loss's gradient")
+        _check_value(key, values[key], fields[key])
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if (values.get(key) or {}).get("use_reentrant"):
+            raise RecipeError(f"train.{key}.use_reentrant=true loses the balance loss's gradient")
     if config.deepspeed is not None and not Path(config.deepspeed).is_file():
         raise RecipeError(f"deepspeed: {config.deepspeed}: no such file")
     values["bf16"] = resolve_bf16(values.get("bf16", False))
+    # Without use_cpu two CPU ranks would train two models that never meet, and exit with success.
+    use_cpu = values.pop("use_cpu", not torch.cuda.is_available())
     defaults: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "lr_scheduler_type": "cosine"}
-    return TrainingArguments(
-        output_dir=config.output_dir,
-        seed=config.seed,
-        deepspeed=config.deepspeed,
-        # Without use_cpu two CPU ranks would train two models that never meet, and exit with success.
-        use_cpu=values.pop("use_cpu", not torch.cuda.is_available()),
-        remove_unused_columns=False,
-        average_tokens_across_devices=True,
-        learning_rate=max(config.stage.learning_rates.values(), default=0.0),
-        **{**defaults, **values},
-    )
+    try:
+        return TrainingArguments(
+            output_dir=config.output_dir,
+            seed=config.seed,
+            deepspeed=config.deepspeed,
+            use_cpu=use_cpu,
+            remove_unused_columns=False,
+            average_tokens_across_devices=True,
+            learning_rate=max(config.stage.learning_rates.values(), default=0.0),
+            **{**defaults, **values},
+        )
+    except (TypeError, ValueError) as error:  # what transformers says of a value that it refuses
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from error
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+    """TrainingArguments itself takes "abc" for a number and fails, or goes on, much later."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, int | float) and not isinstance(default, bool) and not number:
+        raise RecipeError(f"train.{key}={value!r} must be a number")
+    if key in _AT_LEAST_ONE and (not isinstance(value, int) or value < 1):
+        raise RecipeError(f"train.{key}={value!r} must be a whole number of at least 1")
+    if key == "train_sampling_strategy" and value not in _STRATEGIES:
+        raise RecipeError(f"train.{key}={value!r} must be one of {', '.join(_STRATEGIES)}")

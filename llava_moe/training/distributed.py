@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from llava_moe.config import RecipeError
 
 
 def prepare(uses_deepspeed: bool, timeout_minutes: int = 30) -> None:
     """Starts DeepSpeed's communication on a CPU; does nothing otherwise.
 
     Raises:
-        RuntimeError: DeepSpeed is asked for without a launcher.
+        RecipeError: DeepSpeed is asked for without a launcher.
     """
     if not uses_deepspeed:
         return
     if "RANK" not in os.environ:
-        raise RuntimeError("a recipe with `deepspeed` must be started by its launcher: use scripts/train/*.sh")
+        raise RecipeError(
+            "a recipe with `deepspeed` must be started by its launcher: use scripts/train/*.sh, or set deepspeed=null "
+            "to train in this one process"
+        )
     if torch.cuda.is_available():
         return
     import deepspeed
@@ -45,3 +54,24 @@ def finish() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def gathered(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it the parameters are whole on every rank also under ZeRO-3; every rank must enter and leave it."""
+    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not parameters:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+@contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Within it transformers builds whole models also under ZeRO-3, so that one rank may build one alone."""
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference

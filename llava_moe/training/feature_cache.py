@@ -58,12 +58,13 @@ def feature_store(
     keys: dict[str, tuple[Path, str]] = {}
     for path, sample_id in {path: sample.id for sample in samples for path in sample.images}.items():
         keys.setdefault(image_key(path), (path, sample_id))
-    mark = fingerprint(model, processor)
     pictures = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()
-    path = Path(folder) / f"{mark[:12]}-{pictures[:12]}"
-    if distributed.rank() == 0 and not path.exists():
-        _write(path, mark, model, processor, keys)
-    distributed.barrier()
+    with distributed.gathered(model.model.vision_tower):
+        mark = fingerprint(model, processor)
+        path = Path(folder) / f"{mark[:12]}-{pictures[:12]}"
+        if distributed.rank() == 0 and not path.exists():
+            _write(path, mark, model, processor, keys)
+        distributed.barrier()
     return FeatureStore(path, mark)
 
 
@@ -75,9 +76,9 @@ def _write(
         path, mark, num_images=len(keys), num_tokens=processor.num_image_tokens, channels=channels
     )
     names = list(keys)
-    device = next(model.model.vision_tower.parameters()).device
+    weight = next(model.model.vision_tower.parameters())
     with writer:
         for start in track(range(0, len(names), _BATCH), description=f"Vision features of {len(names)} pictures"):
             batch = names[start : start + _BATCH]
             pixels = processor.encode_images([load_image(*keys[name]) for name in batch])
-            writer.add(batch, tower_features(model, pixels.to(device)).float().cpu())
+            writer.add(batch, tower_features(model, pixels.to(weight)).float().cpu())

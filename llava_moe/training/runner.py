@@ -25,12 +25,14 @@ from llava_moe.training.feature_cache import feature_store
 from llava_moe.training.objective import check_losses
 from llava_moe.training.stage import apply_stage, count_trainable
 from llava_moe.training.start import start_point
-from llava_moe.training.telemetry import TelemetryCallback
+from llava_moe.training.telemetry import FILE as TELEMETRY
+from llava_moe.training.telemetry import TelemetryCallback, read_telemetry
 from llava_moe.training.trainer import LlavaMoeTrainer
 
 DONE = "done.json"
 RECIPE = "recipe.yaml"
 MODEL = "model"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def train(config: RunConfig) -> Path:
@@ -47,6 +49,8 @@ def train(config: RunConfig) -> Path:
         print(f"train: {final} is finished already")
         return final
     arguments = training_arguments(config)
+    if arguments.n_gpu > 1:
+        raise RecipeError(f"one process for {arguments.n_gpu} GPUs: start the run with scripts/train/*.sh")
     sources = [(Path(s.path), Path(s.image_folder)) for s in config.data.sources]
     if not sources:
         raise RecipeError("data.sources is empty: name at least one LLaVA JSON file and its image folder")
@@ -59,7 +63,7 @@ def train(config: RunConfig) -> Path:
         dump_resolved(config, out / RECIPE)
         _announce(config, trainer, checkpoint)
     last = last_whole_checkpoint(out)
-    if last is not None:
+    if last is not None and distributed.rank() == 0:
         print(f"train: going on from {last}")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -77,7 +81,9 @@ def _make_trainer(
     processor: LlavaMoeProcessor,
     sources: list[tuple[Path, Path]],
 ) -> LlavaMoeTrainer:
-    model = load_model(checkpoint, getattr(torch, config.model.dtype), config.model.attn_implementation)
+    if config.model.dtype not in _DTYPES:
+        raise RecipeError(f"model.dtype={config.model.dtype}: must be one of {', '.join(_DTYPES)}")
+    model = load_model(checkpoint, _DTYPES[config.model.dtype], config.model.attn_implementation)
     groups = apply_stage(model, config.stage)
     check_losses(config.balance.losses, model.config.moe is not None)
     store = None
@@ -139,8 +145,17 @@ def _differences(one: Any, other: Any, prefix: str = "") -> list[str]:
 
 def last_whole_checkpoint(out: Path) -> Path | None:
     """The newest `checkpoint-N` that was written to its end; trainer_state.json is the last file to be written."""
-    whole = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    whole = [path for path in out.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    """Whether the file is there and whole."""
+    try:
+        json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def _announce(config: RunConfig, trainer: LlavaMoeTrainer, checkpoint: Path) -> None:
@@ -175,11 +190,10 @@ def _save(trainer: LlavaMoeTrainer, processor: LlavaMoeProcessor, final: Path) -
 
 def _earlier_seconds(out: Path, last: Path | None) -> float:
     """Seconds that the interrupted run had spent up to its last checkpoint, from its telemetry."""
-    if last is None:
+    if last is None or not (out / TELEMETRY).is_file():
         return 0.0
     step, total, previous = int(last.name.rsplit("-", 1)[1]), 0.0, 0
-    for line in (out / "telemetry.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_telemetry(out):
         if row["step"] <= step:
             total += row["seconds_per_step"] * (row["step"] - previous)
             previous = row["step"]

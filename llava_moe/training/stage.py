@@ -99,9 +99,15 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def resolve_bf16(value: Any) -> bool:
-    """`auto` is true where the hardware multiplies bfloat16 natively."""
+    """`auto` is true where the hardware multiplies bfloat16 natively.
+
+    Raises:
+        ValueError: the value is neither a boolean nor `auto`.
+    """
+    if isinstance(value, bool):
+        return value
     if value != "auto":
-        return bool(value)
+        raise ValueError(f"train.bf16={value!r}: must be true, false or auto")
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

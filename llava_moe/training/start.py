@@ -34,7 +34,8 @@ def start_point(config: RunConfig) -> Path:
         facts = {"model": dataclasses.asdict(config.model), "seed": config.seed, "data": _data_facts(config)}
         known = initial / _FACTS
         if not (known.is_file() and json.loads(known.read_text()) == facts):
-            write_initial(config, initial)
+            with distributed.unpartitioned():
+                write_initial(config, initial)
             known.write_text(json.dumps(facts, indent=2))
     distributed.barrier()
     return check_checkpoint(initial)

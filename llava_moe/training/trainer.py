@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llava_moe.training.objective import balance_terms, combine
+from llava_moe.training.sampler import EpochCallback, EpochSampler
 from llava_moe.training.telemetry import RoutingMeter
 
 
@@ -33,6 +33,8 @@ class LlavaMoeTrainer(Trainer):  # type: ignore[misc]  # transformers types it a
         self.parameter_groups = parameter_groups
         self.balance = dict(balance)
         self.meter = RoutingMeter()
+        self._epoch = EpochCallback()
+        self.add_callback(self._epoch)
 
     def compute_loss(
         self,
@@ -62,9 +64,11 @@ class LlavaMoeTrainer(Trainer):  # type: ignore[misc]  # transformers types it a
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
+        if self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
-        # The stock branch would decode every image to learn the lengths; our data sets know them.
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
-        return LengthGroupedSampler(step, lengths=dataset.lengths, generator=generator)
+        # The stock grouping would decode every image to learn the lengths; our data sets know them.
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._epoch.sampler = EpochSampler(dataset.lengths, seed, group_size=step if grouped else 0)
+        return self._epoch.sampler

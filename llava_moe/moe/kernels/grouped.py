@@ -33,7 +33,7 @@ def grouped(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, weights: ExpertWe
     out_SD = _project(hidden_SF, weights.down_EDF, weights.down_bias_ED, expert_S, ends_E)
     # Back to slot order by a gather with the inverse permutation, then a sum over slots: no atomics, deterministic.
     inverse_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(order_S.numel(), device=order_S.device))
-    out_TKD = out_SD[inverse_S].reshape(num_tokens, num_slots, -1)
+    out_TKD = out_SD[inverse_S].reshape(num_tokens, num_slots, out_SD.shape[-1])
     return (out_TKD * weight_TK.unsqueeze(-1).to(out_TKD.dtype)).sum(dim=1)
 
 

@@ -1,0 +1,21 @@
+# Sourced by every script: finds the repository, its Python and the machine. Sets REPO and defines launch().
+set -euo pipefail
+export REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$REPO"
+[ -d .venv/bin ] && export PATH="$REPO/.venv/bin:$PATH"
+export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False
+
+fail() { echo "error: $*" >&2; exit 2; }
+need_llava_moe() { command -v llava-moe >/dev/null || fail "llava-moe is not installed: bash scripts/install.sh"; }
+
+# launch RECIPE [key=value ...]: one process per GPU, or NPROC processes (default 1) on a CPU, through DeepSpeed.
+launch() {
+  need_llava_moe
+  [ "${DRY_RUN:-0}" = 1 ] && exec python -m llava_moe.train "$@"
+  local gpus; gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || gpus=0
+  local ranks=${NPROC:-$(( gpus > 0 ? gpus : 1 ))} cores; cores=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( cores / ranks > 0 ? cores / ranks : 1 ))}
+  local port=${MASTER_PORT:-$(python -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])')}
+  echo "+ deepspeed --num_gpus $ranks --module llava_moe.train $*"
+  deepspeed --num_gpus "$ranks" --no_local_rank --master_port "$port" --module llava_moe.train "$@"
+}

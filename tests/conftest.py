@@ -1,0 +1,34 @@
+"""Fixtures for all tests: determinism, and tiny checkpoints that are written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_model import TINY_MOE, write_tiny_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """No test depends on which one ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense Llama + SigLIP checkpoint with its processor; read-only."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("dense") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse one with random, unequal experts in layers 0 and 2; read-only."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("moe") / "checkpoint", TINY_MOE)
+
+
+@pytest.fixture(scope="session")
+def timm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint with a small CNN of timm as its tower; read-only."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("timm") / "checkpoint", vision="timm")
