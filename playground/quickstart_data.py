@@ -35,19 +35,26 @@ from rich.progress import Progress
 
 from playground import tasks_other, tasks_shapes, tasks_things
 from playground.assets import LANGUAGE_MODEL, TOWER, AssetError, AssetStatus, default_cache, fetch_assets
-from playground.records import Example, caption_record, commonest_answers, evaluation_record, training_record
+from playground.records import (
+    Example,
+    caption_record,
+    commonest_answers,
+    conversations,
+    evaluation_record,
+    training_record,
+)
 from playground.scenes import ImageStore
 from playground.sources import Sources, open_sources
 
 SFT_SHARES = {
-    "shapes_open": 0.26,
-    "shapes_yesno": 0.10,
+    "shapes_open": 0.17,
+    "shapes_yesno": 0.20,
     "emoji_kind": 0.26,
-    "presence": 0.10,
-    "counting": 0.07,
+    "presence": 0.14,
+    "counting": 0.05,
     "relations": 0.06,
-    "flags": 0.05,
-    "digits": 0.05,
+    "flags": 0.03,
+    "digits": 0.04,
     "choice": 0.05,
 }
 CAPTION_SHARES = {
@@ -264,7 +271,8 @@ def _write_all(
         captions = make_captions(train, profile.pretrain, _streams(seed, "train")("captions"))
         sft = _shuffled(train, _streams(seed, "train")("order"))
         _write_json(folder / "pretrain.json", [caption_record(example, n) for n, example in enumerate(captions)])
-        _write_json(folder / "sft.json", [training_record(example, n) for n, example in enumerate(sft)])
+        groups = conversations(sft, _streams(seed, "train")("conversations"))
+        _write_json(folder / "sft.json", [training_record(group, n) for n, group in enumerate(groups)])
         step("writing evaluation files")
         flat = [example for examples in evaluation.values() for example in examples]
         counts = {style: _write_parquet(folder / "eval", style, flat, eval_store) for style in STYLES}
@@ -282,6 +290,7 @@ def _write_all(
         "counts": {
             "pretrain.json": _by_family(captions),
             "sft.json": _by_family(sft),
+            "sft.json records by number of questions": dict(sorted(Counter(len(group) for group in groups).items())),
             **{f"eval/{style}.parquet": count for style, count in counts.items()},
         },
         "images": len(train_store),

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 Style = Literal["gqa", "pope", "mmbench"]
 LETTERS = "ABCD"
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -55,16 +57,44 @@ class Example:
         return f"{self.question} {OPTIONS_HEADER}\n" + "\n".join(lines) + LETTER_ANSWER
 
 
-def training_record(example: Example, number: int) -> dict[str, Any]:
-    """A LLaVA record (one turn), with `family` as an extra key."""
-    return {
-        "id": f"{example.family}-{number:06d}",
-        "image": example.image,
-        "family": example.family,
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{example.prompt}"},
+def conversations(
+    examples: Sequence[Example], rng: np.random.Generator, share: float = 0.6, most: int = 3
+) -> list[list[Example]]:
+    """Groups questions about the same picture into conversations, in the order of their first question.
+
+    A model trained on single questions answers a follow-up with its previous answer again; so a `share` of the pictures
+    that have several questions get them in one conversation, of `most` questions at the most. The others stay single.
+    """
+    by_picture: dict[str, list[Example]] = {}
+    for example in examples:
+        by_picture.setdefault(example.image, []).append(example)
+    groups: list[list[Example]] = []
+    for questions in by_picture.values():
+        # one style in a conversation, and no question twice
+        distinct = {(q.style, q.question): q for q in questions}
+        together = [q for q in distinct.values() if q.style == questions[0].style][:most]
+        if len(together) < 2 or rng.random() >= share:
+            together = []
+        groups += [together] if together else []
+        groups += [[question] for question in questions if question not in together]
+    first = {id(example): number for number, example in enumerate(examples)}
+    return sorted(groups, key=lambda group: min(first[id(example)] for example in group))
+
+
+def training_record(examples: Sequence[Example], number: int) -> dict[str, Any]:
+    """A LLaVA record, one turn for each question, with `family` (of the first one) as an extra key."""
+    turns = []
+    for position, example in enumerate(examples):
+        marker = "<image>\n" if position == 0 else ""
+        turns += [
+            {"from": "human", "value": f"{marker}{example.prompt}"},
             {"from": "gpt", "value": example.answer},
-        ],
+        ]
+    return {
+        "id": f"{examples[0].family}-{number:06d}",
+        "image": examples[0].image,
+        "family": examples[0].family,
+        "conversations": turns,
     }
 
 

@@ -2,13 +2,14 @@
 
 Training pictures hold training concepts only. Test pictures of the kind, counting and choice families hold held-out
 concepts only; presence and relations name things, so they ask for trained names in new pictures, and presence also
-(subset "unseen") for names and drawings that never occurred.
+(subset "unseen") for kinds of things that never occurred.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 import numpy as np
@@ -31,7 +32,7 @@ _PLACES = {
     "below": ((0.5, 0.74), (0.5, 0.26)),
 }
 _NO_FLIP = ("flag", "symbol")
-UNSEEN_PRESENCE_SHARE = 0.2
+NUM_PRESENCE_WORDS = 24
 
 
 def by_concept(things: Sequence[Thing], count: int, rng: np.random.Generator) -> list[Thing]:
@@ -122,73 +123,114 @@ def kind_choices(
 def presence(
     catalogue: Catalogue, test: bool, count: int, store: ImageStore, rng: np.random.Generator
 ) -> list[Example]:
-    """Is there a pizza in the image? One to three things in a picture; balanced for every question string."""
-    seen = catalogue.select(held_out=False, named=True)
-    if not test:
-        return _presence(catalogue, seen, count, store, rng, "seen")
-    unseen = catalogue.select(held_out=True, named=True)
-    num_unseen = int(count * UNSEEN_PRESENCE_SHARE) // 2 * 2
-    examples = _presence(catalogue, seen, count - num_unseen, store, rng, "seen")
-    return examples + (_presence(catalogue, unseen, num_unseen, store, rng, "unseen") if num_unseen >= 4 else [])
+    """Is there a pizza in the image? Is there any food in the image? One to three things in a picture.
+
+    Half of the questions name one of a few things, the others a kind; in test pictures the latter show held-out concepts
+    (subset "unseen"). Balanced for every question string.
+    """
+    names = _Asked("name", lambda thing: thing.concept, lambda thing: article(str(thing.word)))
+    kinds = _Asked("kind", lambda thing: thing.kind, lambda thing: f"any {thing.kind}")
+    num_named = count // 4 * 2
+    few = catalogue.select(held_out=False, named=True)[:NUM_PRESENCE_WORDS]
+    examples = _presence(catalogue, few, names, num_named, store, rng, "named")
+    shown = catalogue.select(held_out=test, named=False)
+    return examples + _presence(catalogue, shown, kinds, count - num_named, store, rng, _subset(test))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a presence question asks for: two things with the same key are the same to it."""
+
+    category: str
+    key: Callable[[Thing], str]
+    phrase: Callable[[Thing], str]
 
 
 def _presence(
-    catalogue: Catalogue, named: list[Thing], count: int, store: ImageStore, rng: np.random.Generator, subset: str
+    catalogue: Catalogue,
+    things: list[Thing],
+    asked: _Asked,
+    count: int,
+    store: ImageStore,
+    rng: np.random.Generator,
+    subset: str,
 ) -> list[Example]:
     examples: list[Example] = []
     num_pairs = count // 2
-    rounds = max(1, -(-num_pairs // len(named)))
+    rounds = max(1, -(-num_pairs // len(things)))
     for size in [num_pairs // rounds + (turn < num_pairs % rounds) for turn in range(rounds)]:
-        targets = [named[index] for index in rng.permutation(len(named))[:size]]
+        targets = _targets(things, asked, size, rng)
         scenes = []
         for target in targets:
-            others = [thing for thing in named if thing.concept != target.concept]
+            others = [thing for thing in things if asked.key(thing) != asked.key(target)]
             extra = [others[index] for index in rng.permutation(len(others))[: int(rng.integers(0, 3))]]
             scenes.append([target, *extra])
-        absent = _absent_targets(targets, scenes, rng)
+        absent = _absent_targets(targets, scenes, asked, rng)
         for shown, missing in zip(scenes, absent, strict=True):
             order = [shown[index] for index in rng.permutation(len(shown))]
             arts = [catalogue.draw(thing, rng) for thing in order]
             picture = scene(arts, pick_quadrants(len(arts), rng), store.side, rng)
             image = store.put(f"presence/{subset}_{len(examples) // 2:05d}", picture)
-            words = [article(str(thing.word)) for thing in order]
-            caption = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
             concepts = tuple(thing.concept for thing in order)
+            caption = _scene_caption(order)
             for thing, answer in ((shown[0], "yes"), (missing, "no")):
-                question = f"Is there {article(str(thing.word))} in the image?"
+                question = f"Is there {asked.phrase(thing)} in the image?"
+                where = "unseen" if subset == "unseen" else "seen"
                 examples.append(
-                    Example("presence", "pope", question, answer, image, (), subset, caption, "scene", concepts)
+                    Example("presence", "pope", question, answer, image, (), where, caption, asked.category, concepts)
                 )
     return examples
 
 
-def _absent_targets(targets: list[Thing], scenes: list[list[Thing]], rng: np.random.Generator) -> list[Thing]:
+def _targets(things: list[Thing], asked: _Asked, size: int, rng: np.random.Generator) -> list[Thing]:
+    """`size` things, each key about as often as the others."""
+    groups: dict[str, list[Thing]] = defaultdict(list)
+    for thing in things:
+        groups[asked.key(thing)].append(thing)
+    order = [list(groups)[index] for index in rng.permutation(len(groups))]
+    return [groups[key][int(rng.integers(len(groups[key])))] for key in islice(cycle(order), size)]
+
+
+def _scene_caption(things: list[Thing]) -> str:
+    """Empty when one of them has no name."""
+    if any(thing.word is None for thing in things):
+        return ""
+    words = [article(str(thing.word)) for thing in things]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def _absent_targets(
+    targets: list[Thing], scenes: list[list[Thing]], asked: _Asked, rng: np.random.Generator
+) -> list[Thing]:
     """A permutation of the targets in which none is in its scene, so that every word is asked as often yes as no.
 
     Where the last few leave no such permutation (tiny rounds), the scene loses the things besides its target.
     """
     order = [int(index) for index in rng.permutation(len(targets))]
     if len(targets) == 1:
-        raise ValueError("presence needs at least four questions, half of them yes")
+        raise ValueError("presence needs at least four questions of each sort, half of them yes")
     for place in range(len(order)):
-        inside = {thing.concept for thing in scenes[place]}
-        if targets[order[place]].concept not in inside:
+        inside = {asked.key(thing) for thing in scenes[place]}
+        if asked.key(targets[order[place]]) not in inside:
             continue
         for other in range(len(order)):
-            fits_here = targets[order[other]].concept not in inside
-            others_inside = {thing.concept for thing in scenes[other]}
-            if fits_here and targets[order[place]].concept not in others_inside:
+            fits_here = asked.key(targets[order[other]]) not in inside
+            others_inside = {asked.key(thing) for thing in scenes[other]}
+            if fits_here and asked.key(targets[order[place]]) not in others_inside:
                 order[place], order[other] = order[other], order[place]
                 break
         else:
-            return _rotated(targets, scenes)
+            return _rotated(targets, scenes, asked)
     return [targets[index] for index in order]
 
 
-def _rotated(targets: list[Thing], scenes: list[list[Thing]]) -> list[Thing]:
+def _rotated(targets: list[Thing], scenes: list[list[Thing]], asked: _Asked) -> list[Thing]:
+    absent = targets[1:] + targets[:1]
+    if any(asked.key(thing) == asked.key(target) for thing, target in zip(absent, targets, strict=True)):
+        raise ValueError(f"presence by {asked.category}: {len(targets)} targets cannot be balanced; ask for more questions")
     for shown in scenes:
         del shown[1:]
-    return targets[1:] + targets[:1]
+    return absent
 
 
 def counting(

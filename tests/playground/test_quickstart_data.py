@@ -68,10 +68,14 @@ def digest(folder: Path) -> dict[str, str]:
 def test_training_files(smoke: Path) -> None:
     sft, pretrain = read_json(smoke / "sft.json"), read_json(smoke / "pretrain.json")
     manifest = read_json(smoke / "manifest.json")
-    assert Counter(record["family"] for record in sft) == manifest["counts"]["sft.json"] == PROFILES["smoke"].sft
+    assert manifest["counts"]["sft.json"] == PROFILES["smoke"].sft
+    questions = [len(record["conversations"]) // 2 for record in sft]
+    assert sum(questions) == sum(PROFILES["smoke"].sft.values())
+    assert max(questions) in (2, 3)
+    assert all(record["conversations"][2]["value"].count("<image>") == 0 for record in sft if len(record["conversations"]) > 2)
     assert len(pretrain) > 50
     for record in sft + pretrain:
-        human, answer = record["conversations"]
+        human, answer = record["conversations"][:2]
         assert human["from"] == "human"
         assert human["value"].startswith("<image>\n")
         assert answer["from"] == "gpt"
@@ -179,10 +183,22 @@ def test_yes_no_is_balanced_for_every_string(both: dict[str, dict[str, list[Exam
         assert all(count["yes"] == count["no"] for count in answers.values())
 
 
-def test_presence_and_relations_answer_to_the_picture(both: dict[str, dict[str, list[Example]]]) -> None:
+def test_presence_and_relations_answer_to_the_picture(
+    both: dict[str, dict[str, list[Example]]], sources: Sources
+) -> None:
+    kinds_of: dict[str, set[str]] = defaultdict(set)  # a few concepts hold things of two kinds
+    for thing in sources.things.things:
+        kinds_of[thing.concept].add(thing.kind)
     for made in both.values():
+        assert {example.category for example in made["presence"]} == {"name", "kind"}
         for example in made["presence"]:
             word = example.question.removeprefix("Is there ").removesuffix(" in the image?")
+            if example.category == "kind":
+                kinds = [kinds_of[concept] for concept in example.concepts]
+                asked = word.removeprefix("any ")
+                shown = any(asked in of for of in kinds) if example.answer == "yes" else all(of == {asked} for of in kinds)
+                assert shown == (example.answer == "yes")
+                continue
             assert (word in example.caption.replace(" and ", ", ").split(", ")) == (example.answer == "yes")
         answers = Counter(example.answer for example in made["relations"])
         assert set(answers.values()) == {6}
