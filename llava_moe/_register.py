@@ -5,7 +5,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from llava_moe.data.processing import LlavaMoeProcessor
 from llava_moe.model.configuration import LlavaMoeConfig
-from llava_moe.model.modeling import LlavaMoeForConditionalGeneration
+from llava_moe.model.modeling import LlavaMoeForConditionalGeneration, LlavaMoeModel
 from llava_moe.model.vision import TimmTower, TimmTowerConfig
 
 
@@ -20,3 +20,7 @@ def register() -> None:
     # llava-hf, and each expert its own tensor as in transformers' Qwen MoE files, so stock readers find their way.
     mapping = get_checkpoint_conversion_mapping("llava") + get_checkpoint_conversion_mapping("qwen2_moe")
     register_checkpoint_conversion_mapping(LlavaMoeConfig.model_type, mapping, overwrite=True)
+    # The inner model has a mapping under its class name: `language_model.model.layers...` on disk.
+    inner = get_checkpoint_conversion_mapping("LlavaModel")
+    if inner is not None:
+        register_checkpoint_conversion_mapping(LlavaMoeModel.__name__, inner, overwrite=True)

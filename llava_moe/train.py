@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from llava_moe.config import load_recipe
+from llava_moe.config import RecipeError, load_recipe
 from llava_moe.training import distributed
 
 
@@ -32,4 +32,6 @@ if __name__ == "__main__":
     from llava_moe.cli import exit_on_user_error
 
     with exit_on_user_error():
+        if len(sys.argv) < 2:
+            raise RecipeError("name a recipe: python -m llava_moe.train RECIPE [key=value ...]")
         run(sys.argv[1], sys.argv[2:])

@@ -44,4 +44,6 @@ if __name__ == "__main__":
     from llava_moe.cli import exit_on_user_error
 
     with exit_on_user_error():
+        if len(sys.argv) < 2:
+            raise RecipeError("name a recipe: python -m llava_moe.upcycle RECIPE [key=value ...]")
         run(sys.argv[1], sys.argv[2:])

@@ -227,7 +227,9 @@ def _absent_targets(
 def _rotated(targets: list[Thing], scenes: list[list[Thing]], asked: _Asked) -> list[Thing]:
     absent = targets[1:] + targets[:1]
     if any(asked.key(thing) == asked.key(target) for thing, target in zip(absent, targets, strict=True)):
-        raise ValueError(f"presence by {asked.category}: {len(targets)} targets cannot be balanced; ask for more questions")
+        raise ValueError(
+            f"presence by {asked.category}: {len(targets)} targets cannot be balanced; ask for more questions"
+        )
     for shown in scenes:
         del shown[1:]
     return absent

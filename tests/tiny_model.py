@@ -13,7 +13,9 @@ from transformers import CLIPVisionConfig, CONFIG_MAPPING, PretrainedConfig, Sig
 from llava_moe.data.processing import LlavaMoeProcessor  # isort: skip
 from llava_moe.model.configuration import LlavaMoeConfig
 from llava_moe.model.modeling import LlavaMoeForConditionalGeneration
+from llava_moe.model.projector import Projector
 from llava_moe.model.vision import TimmTowerConfig
+from llava_moe.moe import Experts, Router
 from tests.tiny import tiny_siglip_processor, tiny_tokenizer
 
 HIDDEN, INTERMEDIATE, NUM_LAYERS = 32, 48, 4
@@ -115,9 +117,11 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaMoeForConditionalGeneration(config).eval()
-        # the default initialisation of a projector is so small that pictures would not matter to the answers
-        for parameter in model.model.multi_modal_projector.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
+        # the default initial values are so small that neither pictures nor routing would matter to the answers
+        for module in model.modules():
+            if isinstance(module, Projector | Experts | Router):
+                for parameter in module.parameters():
+                    torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 

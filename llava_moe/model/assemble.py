@@ -60,7 +60,9 @@ def check_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(f"{config_file}: not valid JSON: {error}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type not in _SUPPORTED:
-        raise CheckpointError(f"{path}: its model_type is {model_type!r}; this program reads {' and '.join(_SUPPORTED)}")
+        raise CheckpointError(
+            f"{path}: its model_type is {model_type!r}; this program reads {' and '.join(_SUPPORTED)}"
+        )
     if not list(path.glob("*.safetensors")):
         raise CheckpointError(f"{path}: no *.safetensors there; the checkpoint was not written to its end")
     _check_weight_files(path)
@@ -74,7 +76,9 @@ def _check_weight_files(path: Path) -> None:
         named = set(json.loads(index.read_text())["weight_map"].values())
         absent = sorted(name for name in named if not (path / name).is_file())
         if absent:
-            raise CheckpointError(f"{path}: {absent[0]} is missing ({len(absent)} of {len(named)} shards); copy it again")
+            raise CheckpointError(
+                f"{path}: {absent[0]} is missing ({len(absent)} of {len(named)} shards); copy it again"
+            )
     for file in path.glob("*.safetensors"):
         try:
             with safe_open(file, framework="pt"):
@@ -84,9 +88,9 @@ def _check_weight_files(path: Path) -> None:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
 ) -> LlavaMoeForConditionalGeneration:
-    """Loads a checkpoint of ours or a stock llava-hf one, in eval mode.
+    """Loads a checkpoint of ours or a stock llava-hf one, in eval mode; attention is SDPA where its parts have it.
 
     Raises:
         CheckpointError: the directory is no such checkpoint, or tensors are missing.
@@ -173,7 +177,7 @@ def _load_decoder(section: ModelSection) -> tuple[nn.Module, PreTrainedTokenizer
 
 
 @torch.no_grad()
-def _check_same_answers(model: nn.Module, decoder: nn.Module, section: ModelSection) -> None:
+def _check_same_answers(model: Any, decoder: Any, section: ModelSection) -> None:
     """LLaVA's head is a bare linear map: a decoder that scales or caps its logits would silently become another one.
 
     Raises:
@@ -185,7 +189,8 @@ def _check_same_answers(model: nn.Module, decoder: nn.Module, section: ModelSect
     if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
         raise ValueError(
             f"model.language_model={section.language_model}: {type(decoder).__name__} changes its logits after the "
-            f"vocabulary projection (by {(found - expected).abs().max():.2g}), and LLaVA does not; choose another decoder"
+            f"vocabulary projection (by {(found - expected).abs().max():.2g}), which LLaVA does not; choose another "
+            "decoder"
         )
 
 

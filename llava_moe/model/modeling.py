@@ -229,15 +229,22 @@ class MoeMixin(_InitMixin):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         kwargs.setdefault("save_original_format", self.save_original_format)
+        # What loading recorded depends on the files it read, and under ZeRO-3 holds renamings that were never applied;
+        # without it the names on disk are those of the class, whatever the model came from.
+        self._weight_conversions = None
         super().save_pretrained(save_directory, **kwargs)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Refuses the reentrant kind, which keeps the value of the balance loss and silently loses its gradient."""
+        """Refuses the reentrant kind, which keeps the value of the balance loss and silently loses its gradient.
+
+        transformers' newer `activation_checkpointing_enable` comes here too, with options of its own.
+        """
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True loses the gradient of the balance loss; use use_reentrant=False")
-        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **kwargs)
+        asked = gradient_checkpointing_kwargs or {}
+        super().gradient_checkpointing_enable({"use_reentrant": False, **asked}, **kwargs)
 
 
 class LlavaMoeModel(MoeModelMixin, LlavaModel):  # type: ignore[misc]  # transformers types it as Any

@@ -119,9 +119,7 @@ def _normalised(model: LlavaMoeForConditionalGeneration, layers: list[int]) -> b
 
 
 @torch.no_grad()
-def logit_error(
-    one: LlavaMoeForConditionalGeneration, other: LlavaMoeForConditionalGeneration
-) -> tuple[float, float]:
+def logit_error(one: LlavaMoeForConditionalGeneration, other: LlavaMoeForConditionalGeneration) -> tuple[float, float]:
     """Largest difference of the two models' logits, and largest logit, on a random picture followed by random text."""
     generator = torch.Generator().manual_seed(0)
     config = one.config

@@ -7,6 +7,7 @@ import contextlib
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -76,7 +77,7 @@ class Chat:
     """
 
     def __init__(
-        self, engine: Engine, console: Console, options: dict[str, float], pictures: list[Image.Image] | None = None
+        self, engine: Engine, console: Console, options: dict[str, Any], pictures: list[Image.Image] | None = None
     ) -> None:
         self.engine = engine
         self.console = console

@@ -89,7 +89,7 @@ class ModelFacts:
         count = count_parameters(model)
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         num_experts = layers[0].experts.num_experts if layers else 0
-        text_config = model.config.text_config
+        text_config: Any = model.config.text_config
         return ModelFacts(
             name=name,
             template=template,
@@ -178,7 +178,7 @@ class Engine:
         """
         target = _device(device)
         processor = load_processor(checkpoint)
-        model = load_model(checkpoint, dtype=_dtype(dtype, target))
+        model: Any = load_model(checkpoint, dtype=_dtype(dtype, target))
         return cls(model.to(target), processor, _name(Path(checkpoint)))
 
     def stream(
@@ -208,6 +208,8 @@ class Engine:
             DataError: the conversation does not fit the template or the pictures.
         """
         options = self._options(max_new_tokens, temperature, top_p)
+        if self.processor.template == "plain" and (len(turns) != 1 or not images):
+            raise ChatError("this checkpoint captions pictures and does nothing else: start a new chat with a picture")
         prompt = self.processor.encode_prompt(place_markers(tuple(turns), len(images), "this chat"), images)
         self._check_length(len(prompt["input_ids"]), max_new_tokens)
         inputs = {key: value.to(self.model.device) for key, value in self.processor.pad_prompts([prompt]).items()}

@@ -39,6 +39,8 @@ _MONO = [gr.themes.Font(name) for name in ("ui-monospace", "Menlo", "Consolas", 
 # A message with this title is no answer of the model, and is left out of what the model reads next.
 NOT_AN_ANSWER = "Not answered"
 
+_CAUTION = "<p>Answers are made by a model and may be wrong. Pictures and questions stay on this computer.</p>"
+
 Message = dict[str, Any]
 
 
@@ -83,6 +85,10 @@ def appearance() -> dict[str, Any]:
     theme = gr.themes.Soft(
         primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=_FONT, font_mono=_MONO, radius_size="lg"
     ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_border_width="1px",
+        block_shadow="none",
         block_title_background_fill="transparent",
         block_title_background_fill_dark="transparent",
         block_title_padding="0",
@@ -120,7 +126,7 @@ def find_examples(folder: Path) -> list[tuple[Path, str]]:
 
 
 def build_app(engine: Engine, examples: list[tuple[Path, str]]) -> gr.Blocks:
-    """The page: a header with the model's facts, the chat, settings, and what the model is not.
+    """The page: a header with the model's facts and what it is not, the chat, and settings.
 
     The chat is an endpoint for `gradio_client` too, under the name /chat.
     """
@@ -129,6 +135,7 @@ def build_app(engine: Engine, examples: list[tuple[Path, str]]) -> gr.Blocks:
         with gr.Row(elem_id="head"):
             gr.HTML(_header(facts), elem_id="facts")
             clear = gr.Button("New chat", elem_id="new-chat", size="sm", scale=0)
+        gr.HTML(_notes(facts), elem_id="notes", visible=bool(facts.notes()))
         # all of these are rendered inside ChatInterface
         chat = gr.ChatInterface(
             answerer(engine),
@@ -143,7 +150,7 @@ def build_app(engine: Engine, examples: list[tuple[Path, str]]) -> gr.Blocks:
             api_name="chat",
             api_description="Answers a question about pictures; streams the answer so far.",
         )
-        gr.HTML(_footer(facts), elem_id="honesty")
+        gr.HTML(_CAUTION, elem_id="honesty")
         clear.click(lambda: ([], []), None, [chat.chatbot, chat.chatbot_state], api_visibility="private", queue=False)
     return app
 
@@ -151,7 +158,7 @@ def build_app(engine: Engine, examples: list[tuple[Path, str]]) -> gr.Blocks:
 def _chatbot(has_examples: bool) -> gr.Chatbot:
     return gr.Chatbot(
         show_label=False,
-        height="max(340px, calc(100dvh - 300px))",  # the rest of the page, so that the question is always in sight
+        height="max(320px, calc(100dvh - 376px))",  # the rest of the page, so that the question is always in sight
         placeholder=_placeholder(has_examples),
         buttons=["copy"],
         allow_file_downloads=False,
@@ -165,7 +172,7 @@ def _question_box() -> gr.MultimodalTextbox:
         file_types=["image"],
         file_count="multiple",
         sources=["upload"],
-        placeholder="Add a picture (clip, drop or paste) and ask about it",
+        placeholder="Add a picture and ask about it",
         show_label=False,
         autofocus=True,
         stop_btn=True,
@@ -174,7 +181,7 @@ def _question_box() -> gr.MultimodalTextbox:
     )
 
 
-def _settings() -> list[gr.Slider]:
+def _settings() -> list[Any]:
     return [
         gr.Slider(1, 512, value=DEFAULT_MAX_NEW_TOKENS, step=1, label="Longest answer", info="In tokens", render=False),
         gr.Slider(
@@ -265,11 +272,10 @@ def _header(facts: ModelFacts) -> str:
     return f"<header><h1>{html.escape(facts.name)}</h1><ul class='chips'>{chips}</ul></header>"
 
 
+def _notes(facts: ModelFacts) -> str:
+    return "".join(f"<p class='note'>{html.escape(note)}</p>" for note in facts.notes())
+
+
 def _placeholder(has_examples: bool) -> str:
     hint = "or start with one of these" if has_examples else "then ask as many questions as you like"
     return f"<div class='empty'><h2>Show me a picture</h2><p>Drop, paste or upload one below, {hint}.</p></div>"
-
-
-def _footer(facts: ModelFacts) -> str:
-    notes = [*facts.notes(), "Answers are made by a model and may be wrong. Pictures stay on this computer."]
-    return "".join(f"<p>{html.escape(note)}</p>" for note in notes)

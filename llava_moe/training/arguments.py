@@ -46,8 +46,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         if (values.get(key) or {}).get("use_reentrant"):
             raise RecipeError(f"train.{key}.use_reentrant=true loses the balance loss's gradient")
-    if config.deepspeed is not None and not Path(config.deepspeed).is_file():
-        raise RecipeError(f"deepspeed: {config.deepspeed}: no such file")
+    check_deepspeed_file(config)
     values["bf16"] = resolve_bf16(values.get("bf16", False))
     # Without use_cpu two CPU ranks would train two models that never meet, and exit with success.
     use_cpu = values.pop("use_cpu", not torch.cuda.is_available())
@@ -65,6 +64,12 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         )
     except (TypeError, ValueError) as error:  # what transformers says of a value that it refuses
         raise RecipeError(f"train: {' '.join(str(error).split())}") from error
+
+
+def check_deepspeed_file(config: RunConfig) -> None:
+    """Raises RecipeError when the recipe names a DeepSpeed JSON that is not there."""
+    if config.deepspeed is not None and not Path(config.deepspeed).is_file():
+        raise RecipeError(f"deepspeed: {config.deepspeed}: no such file")
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:

@@ -15,7 +15,7 @@ from llava_moe.model.configuration import LlavaMoeConfig, MoeSection, NamedArgs
 from llava_moe.model.modeling import LlavaMoeForConditionalGeneration
 from llava_moe.model.upcycling import count_parameters, select_layers
 from llava_moe.moe import BALANCE_LOSSES, UPCYCLERS
-from llava_moe.training.arguments import training_arguments
+from llava_moe.training.arguments import check_deepspeed_file, training_arguments
 from llava_moe.training.stage import apply_stage, count_trainable
 
 
@@ -25,6 +25,7 @@ def describe(source: str, config: RunConfig) -> str:
     Raises:
         RecipeError, RegistryError, ValueError: the recipe would be refused.
     """
+    check_deepspeed_file(config)
     # DeepSpeed would ask for a launcher; everything else about the arguments is checked as in a real run.
     arguments = training_arguments(dataclasses.replace(config, deepspeed=None))
     for name in config.balance.losses:

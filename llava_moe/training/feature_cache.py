@@ -68,9 +68,7 @@ def feature_store(
     return FeatureStore(path, mark)
 
 
-def _write(
-    path: Path, mark: str, model: Any, processor: LlavaMoeProcessor, keys: dict[str, tuple[Path, str]]
-) -> None:
+def _write(path: Path, mark: str, model: Any, processor: LlavaMoeProcessor, keys: dict[str, tuple[Path, str]]) -> None:
     channels = model.config.vision_config.hidden_size
     writer = FeatureStoreWriter(
         path, mark, num_images=len(keys), num_tokens=processor.num_image_tokens, channels=channels

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from llava_moe.data.sampler import length_grouped_order
 
 
 class EpochSampler(Sampler[int]):
@@ -39,7 +40,7 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         if self.group_size:
-            return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
+            return iter(length_grouped_order(self.lengths, self.group_size, generator))
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from llava_moe.moe import ROUTERS, MlpSpec, MoELayer, Router, Routing, StackedExperts
-from llava_moe.moe.kernels import ExpertWeights
 from llava_moe.moe.experts import ACTIVATIONS
+from llava_moe.moe.kernels import ExpertWeights
 
 HIDDEN, NUM_EXPERTS = 8, 5
 # Every router must appear with its defaults; a new one is added by itself.

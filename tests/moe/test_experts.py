@@ -78,7 +78,9 @@ def test_autocast_and_bfloat16(kernel: str, spec: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = experts(x, index, weight)
     assert found.dtype == torch.float32
-    assert 0 < float((found - expected).detach().abs().max()) < 0.05 * scale  # the lower bound: it did compute in bfloat16
+    assert (
+        0 < float((found - expected).detach().abs().max()) < 0.05 * scale
+    )  # the lower bound: it did compute in bfloat16
     found.square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in experts.parameters())
     half = experts.to(torch.bfloat16)(x.bfloat16(), index, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import Any
 
 import pytest
@@ -97,16 +98,30 @@ def test_recording_is_on_only_inside_the_block() -> None:
     assert routings[3].weight_TK.requires_grad
 
 
+def test_nothing_is_kept_outside_a_recording() -> None:
+    """A kept routing would keep the graph of its batch alive."""
+    layer = make_layer()
+    layer(torch.randn(17, 8))
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is Routing and len(thing.index_TK) == 17]
+
+
 def test_recordings_nest_and_survive_an_error() -> None:
-    layer, x = make_layer(), torch.randn(4, 8)
-    with layer.scope.recording() as outer:
-        with pytest.raises(RuntimeError, match="stop"), layer.scope.recording() as inner:
+    layer, x, inner = make_layer(), torch.randn(4, 8), {}
+
+    def interrupted() -> None:
+        with layer.scope.recording() as routings:
             layer(x)
+            inner.update(routings)
             raise RuntimeError("stop")
-        assert inner
+
+    with layer.scope.recording() as outer:
+        with pytest.raises(RuntimeError, match="stop"):
+            interrupted()
+        assert sorted(inner) == [0]
         assert not outer
         layer(x)
-    assert outer
+    assert sorted(outer) == [0]
 
 
 def test_context_reaches_the_router_with_the_layer_index() -> None:

@@ -72,7 +72,9 @@ def test_training_files(smoke: Path) -> None:
     questions = [len(record["conversations"]) // 2 for record in sft]
     assert sum(questions) == sum(PROFILES["smoke"].sft.values())
     assert max(questions) in (2, 3)
-    assert all(record["conversations"][2]["value"].count("<image>") == 0 for record in sft if len(record["conversations"]) > 2)
+    assert all(
+        record["conversations"][2]["value"].count("<image>") == 0 for record in sft if len(record["conversations"]) > 2
+    )
     assert len(pretrain) > 50
     for record in sft + pretrain:
         human, answer = record["conversations"][:2]
@@ -196,7 +198,9 @@ def test_presence_and_relations_answer_to_the_picture(
             if example.category == "kind":
                 kinds = [kinds_of[concept] for concept in example.concepts]
                 asked = word.removeprefix("any ")
-                shown = any(asked in of for of in kinds) if example.answer == "yes" else all(of == {asked} for of in kinds)
+                shown = (
+                    any(asked in of for of in kinds) if example.answer == "yes" else all(of == {asked} for of in kinds)
+                )
                 assert shown == (example.answer == "yes")
                 continue
             assert (word in example.caption.replace(" and ", ", ").split(", ")) == (example.answer == "yes")

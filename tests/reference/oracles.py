@@ -58,7 +58,13 @@ def activation(name: str) -> Callable[[float], float]:
 
 
 def expert(
-    token: Vector, first: Matrix, down: Matrix, first_bias: Vector | None, down_bias: Vector | None, act: str, gated: bool
+    token: Vector,
+    first: Matrix,
+    down: Matrix,
+    first_bias: Vector | None,
+    down_bias: Vector | None,
+    act: str,
+    gated: bool,
 ) -> Vector:
     """One feed-forward block on one token; `first` has the gate rows before the up rows when gated."""
     hidden = matvec(first, token)

@@ -119,6 +119,14 @@ def test_wrong_chats_are_refused_in_words(
         next(engine.stream(turns, [tiny_image(0)] * num_images, **options))
 
 
+def test_a_caption_checkpoint_says_that_it_only_captions() -> None:
+    engine = Engine(tiny_model(), tiny_processor(template="plain"), "tiny")
+    assert list(engine.stream([user_turn(QUESTION, 1)], [tiny_image(0)], 4))
+    for turns, num_images in (CHATS["text"], CHATS["two turns, picture in the first"]):
+        with pytest.raises(ChatError, match="captions pictures"):
+            next(engine.stream(turns, [tiny_image(0)] * num_images))
+
+
 @pytest.mark.parametrize(("text", "says"), [("  ", "no question"), ("what is <image>?", "attach a picture")])
 def test_wrong_questions(text: str, says: str) -> None:
     with pytest.raises(ChatError, match=says):

@@ -5,7 +5,6 @@ As a program it runs a probe in every rank: `python -m torch.distributed.run -m 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -16,9 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from transformers import TrainerCallback
+import llava_moe  # noqa: F401  before anything that may import torchvision
+
+import torch  # isort: skip
+import yaml  # isort: skip
+from transformers import TrainerCallback  # isort: skip
 
 from llava_moe.config import RunConfig, load_recipe
 from llava_moe.data.processing import load_processor
@@ -35,7 +36,7 @@ MOE_PARTS = {**ALL_PARTS, "router": 1e-2, "experts": 1e-2}
 _QUIET = {"disable_tqdm": True, "logging_steps": 1, "per_device_train_batch_size": 2, "max_steps": 2, "use_cpu": True}
 
 
-def write_recipe(folder: Path, checkpoint: Path, data: tuple[Path, Path], **sections: Any) -> Path:
+def write_recipe(folder: Path, checkpoint: Path, data: tuple[Path, Path], /, **sections: Any) -> Path:
     """Writes `folder/recipe.yaml`, whose run goes to `folder/out`; sections are merged over small defaults."""
     folder.mkdir(parents=True, exist_ok=True)
     raw: dict[str, Any] = {
@@ -52,7 +53,7 @@ def write_recipe(folder: Path, checkpoint: Path, data: tuple[Path, Path], **sect
     return path
 
 
-def make_config(folder: Path, checkpoint: Path, data: tuple[Path, Path], **sections: Any) -> RunConfig:
+def make_config(folder: Path, checkpoint: Path, data: tuple[Path, Path], /, **sections: Any) -> RunConfig:
     """The recipe of `write_recipe`, loaded."""
     return load_recipe(write_recipe(folder, checkpoint, data, **sections))
 

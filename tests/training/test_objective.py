@@ -57,7 +57,9 @@ def once_balanced(
     """A folder, and the balance gradient of one micro-batch of two samples: one process, no accumulation."""
     folder = tmp_path_factory.mktemp("balanced")
     data = repeated_data(folder / "once", 2, 1)
-    config = make_config(folder / "a1", moe_checkpoint, data, stage=MOE_STAGE, balance={"losses": BALANCE}, train=NO_CLIP)
+    config = make_config(
+        folder / "a1", moe_checkpoint, data, stage=MOE_STAGE, balance={"losses": BALANCE}, train=NO_CLIP
+    )
     return folder, step_gradients(config, use_cross_entropy=False)
 
 

@@ -22,19 +22,19 @@ from tests.training.runs import MOE_PARTS, deepspeed, losses, make_config, start
 SECTIONS: dict[str, Any] = {"stage": {"learning_rates": MOE_PARTS}, "balance": {"losses": {"switch": 0.1}}}
 
 
-class Interrupted(Exception):
-    pass
+class StoppedError(Exception):
+    """Stands for whatever ends a process."""
 
 
 def _interrupt() -> None:
-    raise Interrupted
+    raise StoppedError
 
 
 def interrupt(config: RunConfig, step: int) -> None:
     """Runs until the end of a step and stops there with nothing of that step written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "LlavaMoeTrainer", stopping_trainer(step, _interrupt))
-        with pytest.raises(Interrupted):
+        with pytest.raises(StoppedError):
             runner.train(config)
 
 
@@ -48,7 +48,7 @@ def elsewhere(config: RunConfig, name: str) -> RunConfig:
 def test_losses_after_a_resume_are_those_of_the_uninterrupted_run(
     strategy: str, accumulation: int, stop: int, moe_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """The three steps of an epoch; checkpoints at 2, 4, 6: a resume in the first epoch and in the middle of later ones."""
+    """An epoch has three steps and a checkpoint is written every two: resumes in the first and in later epochs."""
     data = write_llava_json(tmp_path / "data", 6 * accumulation, text_only_every=4)
     train = {
         "max_steps": 7,
@@ -150,21 +150,22 @@ def test_a_killed_process_resumes(moe_checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_ranks_resume_under_zero2(moe_checkpoint: Path, tmp_path: Path) -> None:
+    """Three steps in an epoch, so the resume at 4 is in the middle of the second; the judge is one process alone."""
     data = write_llava_json(tmp_path / "data", 12, text_only_every=3)
-    train = {"max_steps": 6, "save_steps": 2}  # three steps in an epoch: the resume is in the middle of the second
-    recipes = [
-        write_recipe(
-            tmp_path / name, moe_checkpoint, data, **SECTIONS, train=train, deepspeed="scripts/deepspeed/zero2.json"
-        )
-        for name in ("whole", "killed")
-    ]
-    done = start_ranks(deepspeed(2), ["llava_moe.train", str(recipes[0])])
-    assert done.returncode == 0, done.stdout[-3000:]
-    killed = start_ranks(deepspeed(2), ["tests.training.runs", "kill", "5", str(recipes[1])])
+    train = {"max_steps": 6, "save_steps": 2}
+    whole = make_config(
+        tmp_path / "whole", moe_checkpoint, data, **SECTIONS, train={**train, "gradient_accumulation_steps": 2}
+    )
+    runner.train(whole)
+    recipe = write_recipe(
+        tmp_path / "killed", moe_checkpoint, data, **SECTIONS, train=train, deepspeed="scripts/deepspeed/zero2.json"
+    )
+    killed = start_ranks(deepspeed(2), ["tests.training.runs", "kill", "5", str(recipe)])
     assert killed.returncode != 0
     out = tmp_path / "killed" / "out"
     assert last_whole_checkpoint(out) == out / "checkpoint-4"
-    done = start_ranks(deepspeed(2), ["llava_moe.train", str(recipes[1])])
+    done = start_ranks(deepspeed(2), ["llava_moe.train", str(recipe)])
     assert done.returncode == 0, done.stdout[-3000:]
-    assert losses(out) == pytest.approx(losses(tmp_path / "whole" / "out"), rel=1e-5)
+    assert "going on from" in done.stdout
+    assert losses(out) == pytest.approx(losses(whole.output_dir), rel=1e-4)
     assert load_model(out / "model")

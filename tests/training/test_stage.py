@@ -27,7 +27,7 @@ def test_every_parameter_is_in_exactly_one_part(text: str, vision: str) -> None:
     parts = Counter(part_of(name) for name, _ in model.named_parameters())
     expected = set(_PARTS) if text != "gpt_neox" else set(_PARTS) - {"router", "experts"}
     assert set(parts) == expected
-    stage = StageSection(name="all", learning_rates={part: 1e-3 for part in expected})
+    stage = StageSection(name="all", learning_rates=dict.fromkeys(expected, 1e-3))
     groups = apply_stage(model, stage)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
