@@ -121,9 +121,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             value is absent.
     """
     path = Path(path)
-    merged = OmegaConf.structured(RunConfig)
-    for source, raw in _layers(path):
-        merged = _merge(merged, raw, str(source))
+    merged: Any = OmegaConf.structured(RunConfig)
+    for source, layer in _layers(path):
+        merged = _merge(merged, layer, str(source))
+    raw: Any
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise RecipeError(f"override {override!r} is not of the form key.key=value")
@@ -138,7 +139,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_resolved(config: RunConfig, path: Path) -> None:
     """Writes the resolved recipe, which can be run again as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    partial = path.with_name(path.name + ".partial")  # a kill must not leave half a recipe under the name
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    partial.rename(path)
 
 
 def _layers(path: Path) -> list[tuple[Path, dict[str, Any]]]:

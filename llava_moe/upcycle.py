@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llava_moe.config import RecipeError, load_recipe
-from llava_moe.model.assemble import check_checkpoint
+from llava_moe.model.assemble import check_checkpoint, fingerprint
 from llava_moe.model.upcycling import PROVENANCE, upcycle
 
 
@@ -26,9 +26,12 @@ def run(recipe: str, overrides: Sequence[str] = ()) -> Path:
     check_checkpoint(config.upcycle.parent)
     out = upcycled_path(config.output_dir)
     provenance = out / PROVENANCE
-    if provenance.is_file() and json.loads(provenance.read_text())["section"] == asdict(config.upcycle):
-        print(f"upcycle: {out} is there already")
-        return out
+    if provenance.is_file():
+        known = json.loads(provenance.read_text())
+        same_parent = known.get("parent_fingerprint") == fingerprint(config.upcycle.parent)
+        if same_parent and known["section"] == asdict(config.upcycle):
+            print(f"upcycle: {out} is there already")
+            return out
     facts = upcycle(config.upcycle, out)
     dense, moe = facts["parameters"]["dense"], facts["parameters"]["moe"]
     print(

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import llava_moe  # noqa: F401  # first: repairs torchvision under a CPU build of torch
 import timm
 import torch
 from safetensors.torch import save_file
@@ -113,6 +112,7 @@ def write_report(profile: str, folder: Path) -> None:
         samples=report.pick_samples(scores["moe"], scores["dense"], folder / "data/eval"),
     )
     report.write_report(folder / "report.html", inputs)
+    _write_examples(folder)
     print((folder / "results.md").read_text())
     print(f"report: {folder / 'report.html'}")
 
@@ -163,6 +163,25 @@ def _expert_load(checkpoint: Path, data: Path, per_family: int = 40) -> tuple[di
     share = {f: {str(i): (c[i] / c[i].sum()).tolist() for i in layers} for f, c in counts.items()}
     total = {i: sum(c[i] for c in counts.values()) for i in layers}
     return {str(i): (t / t.sum()).tolist() for i, t in total.items()}, share
+
+
+def _write_examples(folder: Path) -> None:
+    """One held-out picture with its question for each family: what the browser demo offers at once."""
+    import datasets
+
+    out, records = folder / "examples", []
+    out.mkdir(exist_ok=True)
+    for file in sorted((folder / "data/eval").glob("*.parquet")):
+        seen: set[str] = set()
+        for row in _rows(datasets, file):
+            if row["family"] in seen or row["family"] == "choice":
+                continue
+            seen.add(row["family"])
+            name = f"{row['family']}.png"
+            row["image"].convert("RGB").save(out / name)
+            turns = [{"from": "human", "value": f"<image>\n{row['question']}"}]
+            records.append({"id": row["family"], "image": name, "conversations": turns})
+    (out / "examples.json").write_text(json.dumps(records, indent=1))
 
 
 def _rows(datasets: Any, file: Path) -> Any:

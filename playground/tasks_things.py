@@ -125,8 +125,8 @@ def presence(
 ) -> list[Example]:
     """Is there a pizza in the image? Is there any food in the image? One to three things in a picture.
 
-    Half of the questions name one of a few things, the others a kind; in test pictures the latter show held-out concepts
-    (subset "unseen"). Balanced for every question string.
+    Half of the questions name one of a few things, the others a kind; in test pictures the latter show held-out
+    concepts (subset "unseen"). Balanced for every question string.
     """
     names = _Asked("name", lambda thing: thing.concept, lambda thing: article(str(thing.word)))
     kinds = _Asked("kind", lambda thing: thing.kind, lambda thing: f"any {thing.kind}")

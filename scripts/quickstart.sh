@@ -17,4 +17,4 @@ EVAL=(llava-moe eval --data "$DATA" --tasks local_gqa,local_pope,local_mmbench -
 step "7/8 score MoE, dense control, blind" "${EVAL[@]}" "$QUICKSTART_DIR"/{moe,control}/model --out "$QUICKSTART_DIR/scores"
 "${EVAL[@]}" "$QUICKSTART_DIR/control/model" --blank-images --out "$QUICKSTART_DIR/scores/blank"
 step "8/8 report" python -m playground.quickstart report --profile "$PROFILE" --dir "$QUICKSTART_DIR"
-echo "chat: bash scripts/chat.sh $QUICKSTART_DIR/moe/model     in the browser: bash scripts/demo.sh $QUICKSTART_DIR/moe/model"
+echo "chat: bash scripts/chat.sh $QUICKSTART_DIR/moe/model     in the browser: bash scripts/demo.sh $QUICKSTART_DIR/moe/model --examples $QUICKSTART_DIR/examples"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from llava_moe.model.vision import TimmTower, timm_tower_config
 
 IMAGE_TOKEN = "<image>"
 _TIMM = "timm:"
+_PROBE = 1 << 20
 _SUPPORTED = ("llava_moe", "llava")
 
 
@@ -87,6 +89,22 @@ def _check_weight_files(path: Path) -> None:
             raise CheckpointError(f"{file}: damaged or cut short ({error}); copy or write it again") from error
 
 
+def fingerprint(path: str | Path) -> str:
+    """Tells one state of a checkpoint directory from another, without reading all of a large one.
+
+    Hashes name, size, head and tail (1 MiB each) of every weight file, and config.json.
+    """
+    digest = hashlib.sha256((Path(path) / "config.json").read_bytes())
+    for file in sorted(Path(path).glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(_PROBE))
+            handle.seek(max(size - _PROBE, 0))
+            digest.update(handle.read(_PROBE))
+    return digest.hexdigest()
+
+
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
 ) -> LlavaMoeForConditionalGeneration:
@@ -131,10 +149,10 @@ def assemble(section: ModelSection, seed: int = 0) -> Assembled:
     config = LlavaMoeConfig(
         vision_config=tower.config,
         text_config=decoder.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),  # type: ignore[arg-type]
         image_seq_length=num_tokens,
         vision_feature_layer=section.vision_feature_layer,
-        vision_feature_select_strategy=section.vision_feature_select_strategy,
+        vision_feature_select_strategy=section.vision_feature_select_strategy,  # type: ignore[arg-type]
         projector=section.projector,
         tie_word_embeddings=bool(decoder.config.tie_word_embeddings),
     )
@@ -148,7 +166,7 @@ def assemble(section: ModelSection, seed: int = 0) -> Assembled:
     return Assembled(model, tokenizer, num_extra)
 
 
-def _load_decoder(section: ModelSection) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def _load_decoder(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
     from transformers import AutoTokenizer
 
     source = str(section.language_model)
@@ -194,7 +212,7 @@ def _check_same_answers(model: Any, decoder: Any, section: ModelSection) -> None
         )
 
 
-def _load_tower(section: ModelSection) -> nn.Module:
+def _load_tower(section: ModelSection) -> Any:
     source = str(section.vision_tower)
     if source.startswith(_TIMM):
         return _load_timm_tower(source.removeprefix(_TIMM), section)
@@ -230,7 +248,7 @@ def _load_timm_tower(architecture: str, section: ModelSection) -> TimmTower:
 
 
 @torch.no_grad()
-def _count_tokens(tower: nn.Module, section: ModelSection) -> tuple[int, int]:
+def _count_tokens(tower: Any, section: ModelSection) -> tuple[int, int]:
     """Tokens of a picture after feature selection, and the tower's tokens beyond its patch grid (CLS: 1)."""
     size, patch = tower.config.image_size, tower.config.patch_size
     features = tower(torch.zeros(1, 3, size, size), output_hidden_states=True).hidden_states

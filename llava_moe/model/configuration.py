@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
@@ -84,6 +84,10 @@ class LlavaMoeConfig(LlavaConfig):  # type: ignore[misc]  # transformers types i
     """
 
     model_type = "llava_moe"
+
+    if TYPE_CHECKING:  # configs of any family; transformers' own annotation also admits None and plain dicts
+        vision_config: Any
+        text_config: Any
 
     projector: str = "mlp2x_gelu"
     moe: dict[str, Any] | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,11 @@ class LlavaMoeOutput(LlavaCausalLMOutputWithPast):  # type: ignore[misc]  # tran
     routings: dict[int, Routing] | None = None
 
 
+# What the mixins are mixed into, for the type checker; at run time they have no base of their own.
+_InnerBase: Any = LlavaModel if TYPE_CHECKING else object
+_OuterBase: Any = LlavaForConditionalGeneration if TYPE_CHECKING else object
+
+
 class _InitMixin:
     """Lets our modules draw their own initial values; transformers knows nothing of them."""
 
@@ -69,7 +74,7 @@ class _InitMixin:
             super()._init_weights(module)  # type: ignore[misc]
 
 
-class MoeModelMixin(_InitMixin):
+class MoeModelMixin(_InitMixin, _InnerBase):
     """Turns a stock inner model (tower, projector and decoder, without the head) into ours."""
 
     config: LlavaMoeConfig
@@ -86,21 +91,22 @@ class MoeModelMixin(_InitMixin):
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         if pixel_values.ndim == 3:  # (B, N, C): features of a frozen tower, read from a cache
             features = self.multi_modal_projector(pixel_values.to(self.dtype))
-            return BaseModelOutputWithPooling(pooler_output=list(features))
+            return BaseModelOutputWithPooling(pooler_output=list(features))  # type: ignore[arg-type]  # as stock does
         return super().get_image_features(pixel_values=pixel_values, **kwargs)
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """As in the stock class, but a batch without placeholders may come with a dummy picture.
 
         Every rank must run the tower and the projector on every batch, or ZeRO waits for ever; the collator gives
-        text-only batches one blank picture, and with an empty mask its gradient is zero.
+        text-only batches one blank picture, and with an empty mask its gradient is zero. Outside training a picture
+        without placeholders is a mistake of the caller and raises.
         """
-        if input_ids is not None and not (input_ids == self.config.image_token_id).any():
+        if self.training and input_ids is not None and not (input_ids == self.config.image_token_id).any():
             return (input_ids == self.config.image_token_id).unsqueeze(-1)
         return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
 
 
-class MoeMixin(_InitMixin):
+class MoeMixin(_InitMixin, _OuterBase):
     """Turns a stock LLaVA class into ours, dense when `config.moe` is None, else with the layers it describes.
 
     It returns cross-entropy and routings apart and never adds them: `training/objective.py` owns every coefficient.

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoProcessor
 
 from llava_moe.config import UpcycleSection
-from llava_moe.model.assemble import load_model, whole_directory
+from llava_moe.model.assemble import fingerprint, load_model, whole_directory
 from llava_moe.model.configuration import MoeSection, NamedArgs
 from llava_moe.model.modeling import CheckpointError, LlavaMoeForConditionalGeneration
 from llava_moe.model.sites import activation_name, decoder_layers, mlp_spec
@@ -38,6 +38,8 @@ def select_layers(choice: Any, num_layers: int) -> list[int]:
         if choice not in named:
             raise ValueError(f"upcycle.layers={choice!r}: must be one of {', '.join(named)} or a list of indices")
         return list(named[choice])
+    if not isinstance(choice, list | tuple):
+        raise ValueError(f"upcycle.layers={choice!r}: must be one of {', '.join(named)} or a list of indices")
     layers = [int(i) for i in choice]
     wrong = [i for i in layers if not 0 <= i < num_layers]
     if wrong or not layers:
@@ -54,6 +56,8 @@ def upcycle(section: UpcycleSection, out: Path) -> dict[str, Any]:
         CheckpointError: the parent is no dense checkpoint, or the result breaks an exactness that it declared.
         ValueError: the section asks for something that does not exist.
     """
+    if Path(section.parent).resolve() == out.resolve():
+        raise CheckpointError(f"{out}: the result would replace its own parent; choose another output_dir")
     dense = load_model(section.parent)
     if dense.config.moe is not None:
         raise CheckpointError(f"{section.parent}: already a mixture of experts; upcycling starts from a dense one")
@@ -85,6 +89,7 @@ def upcycle(section: UpcycleSection, out: Path) -> dict[str, Any]:
         )
     provenance = {
         "parent": str(section.parent),
+        "parent_fingerprint": fingerprint(section.parent),
         "section": dataclasses.asdict(section),
         "layers": layers,
         "contract": upcycler.contract.value,

@@ -45,7 +45,6 @@ class TimmTower(PreTrainedModel):  # type: ignore[misc]  # transformers types it
     config_class = TimmTowerConfig
     main_input_name = "pixel_values"
     base_model_prefix = "backbone"
-    _no_split_modules: list[str] = []
     # timm chooses its own attention; whatever is asked of the decoder must not stop at the tower.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -53,7 +52,7 @@ class TimmTower(PreTrainedModel):  # type: ignore[misc]  # transformers types it
 
     def __init__(self, config: TimmTowerConfig) -> None:
         super().__init__(config)
-        self.backbone = timm.create_model(config.architecture, pretrained=False, num_classes=0, global_pool="")
+        self.backbone: Any = timm.create_model(config.architecture, pretrained=False, num_classes=0, global_pool="")
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

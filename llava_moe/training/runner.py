@@ -18,7 +18,7 @@ from llava_moe.data.check import check_sources
 from llava_moe.data.collator import Collator
 from llava_moe.data.dataset import ConversationDataset
 from llava_moe.data.processing import LlavaMoeProcessor, load_processor
-from llava_moe.model.assemble import load_model
+from llava_moe.model.assemble import check_checkpoint, fingerprint, load_model
 from llava_moe.training import distributed
 from llava_moe.training.arguments import training_arguments
 from llava_moe.training.feature_cache import feature_store
@@ -31,6 +31,7 @@ from llava_moe.training.trainer import LlavaMoeTrainer
 
 DONE = "done.json"
 RECIPE = "recipe.yaml"
+START = "start.json"
 MODEL = "model"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,6 +44,7 @@ def train(config: RunConfig) -> Path:
     Raises:
         RecipeError, DataError, CheckpointError, ValueError: something does not fit; nothing was computed yet.
     """
+    started = time.perf_counter()
     out = Path(config.output_dir)
     final = out / MODEL
     if _is_done(config):
@@ -61,11 +63,12 @@ def train(config: RunConfig) -> Path:
     trainer = _make_trainer(config, arguments, checkpoint, processor, sources)
     if distributed.rank() == 0:
         dump_resolved(config, out / RECIPE)
+        start = {"checkpoint": str(checkpoint), "fingerprint": fingerprint(checkpoint)}
+        (out / START).write_text(json.dumps(start, indent=2))
         _announce(config, trainer, checkpoint)
     last = last_whole_checkpoint(out)
     if last is not None and distributed.rank() == 0:
         print(f"train: going on from {last}")
-    started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     _save(trainer, processor, final)
     if distributed.rank() == 0:
@@ -123,7 +126,7 @@ def _is_done(config: RunConfig) -> bool:
     """Whether the output directory holds this very run, finished.
 
     Raises:
-        RecipeError: it holds a run, finished or not, of another recipe.
+        RecipeError: it holds a run, finished or not, of another recipe or from another start point.
     """
     out = Path(config.output_dir)
     if (out / RECIPE).is_file():
@@ -132,6 +135,13 @@ def _is_done(config: RunConfig) -> bool:
             raise RecipeError(
                 f"{out} holds a run of another recipe (different: {', '.join(differing[:5])}); "
                 "choose another output_dir, or delete it"
+            )
+    if config.model.checkpoint is not None and (out / START).is_file():
+        began_from = json.loads((out / START).read_text())["fingerprint"]
+        if began_from != fingerprint(check_checkpoint(config.model.checkpoint)):
+            raise RecipeError(
+                f"{config.model.checkpoint} has changed since the run in {out} began from it; "
+                "delete that folder to train again, or choose another output_dir"
             )
     return (out / DONE).is_file() and (out / MODEL / "config.json").is_file()
 
