@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.tiny_model import TINY_MOE, write_tiny_checkpoint
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would ask a hub fails at once, and not after its retries
+
+from tests.tiny_model import TINY_MOE, write_tiny_checkpoint  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from llava_moe.data.templates import TEMPLATES
 from llava_moe.model.projector import PROJECTORS
 from llava_moe.moe import BALANCE_LOSSES, ROUTERS, UPCYCLERS
 from llava_moe.training.arguments import training_arguments
+from llava_moe.training.dry_run import describe
 from llava_moe.training.stage import _PARTS
 
 REPO = Path(__file__).parents[2]
@@ -38,6 +39,16 @@ def test_recipe(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert config.model.checkpoint == f"{config.output_dir}/upcycled"
         assert config.upcycle.upcycler.name in UPCYCLERS
         ROUTERS.get(config.upcycle.router.name).build(8, config.upcycle.num_experts, config.upcycle.router.args)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(REPO / "scripts/recipes")))
+def test_dry_run(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(REPO)
+    monkeypatch.setenv("QUICKSTART_DIR", str(tmp_path / "nothing"))  # no parts, no weights, no data
+    text = describe(str(path), load_recipe(path, ["train.bf16=false"]))
+    assert "(dry run)" in text
+    assert "parameters: unknown here" in text
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(REPO / "scripts/recipes")))
