@@ -38,7 +38,8 @@ def run(recipe: str, overrides: Sequence[str] = ()) -> Path:
         f"upcycle: {config.upcycle.parent} -> {out}\n"
         f"  layers {facts['layers']}, {config.upcycle.num_experts} experts, {config.upcycle.upcycler.name}\n"
         f"  parameters: dense {dense['total']:,}; MoE {moe['total']:,} total, {moe['active']:,} active\n"
-        f"  largest logit difference to the dense parent: {facts['max_abs_logit_error']:.2e}"
+        f"  largest logit difference to the dense parent: {facts['max_abs_logit_error']:.2e} "
+        f"(logits up to {facts['max_abs_logit']:.1f}, float32)"
     )
     return out
 

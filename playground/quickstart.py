@@ -90,7 +90,7 @@ def write_report(profile: str, folder: Path) -> None:
         folder / "data/priors.json",
         folder,
         seconds=seconds,
-        upcycle={"max_abs_logit_error": upcycling["max_abs_logit_error"]},
+        upcycle={key: upcycling[key] for key in ("max_abs_logit_error", "max_abs_logit")},
         versions={
             name: version(name) for name in ("llava-moe", "torch", "transformers", "deepspeed", "lmms_eval", "timm")
         },

@@ -10,7 +10,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would ask a hub fails at once, and not after its retries
 
-from tests.tiny_model import TINY_MOE, write_tiny_checkpoint  # noqa: E402
+from tests.tiny_model import TINY_MOE, write_tiny_checkpoint
 
 
 @pytest.fixture(autouse=True)

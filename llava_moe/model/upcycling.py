@@ -95,6 +95,7 @@ def upcycle(section: UpcycleSection, out: Path) -> dict[str, Any]:
         "contract": upcycler.contract.value,
         "exact": exact,
         "max_abs_logit_error": error,
+        "max_abs_logit": largest,
         "parameters": {"dense": count_parameters(dense), "moe": count_parameters(sparse)},
     }
     with whole_directory(out) as partial:
