@@ -47,15 +47,15 @@ from playground.scenes import ImageStore
 from playground.sources import Sources, open_sources
 
 SFT_SHARES = {
-    "shapes_open": 0.17,
+    "shapes_open": 0.13,
     "shapes_yesno": 0.20,
-    "emoji_kind": 0.26,
-    "presence": 0.14,
+    "emoji_kind": 0.24,
+    "presence": 0.23,
     "counting": 0.05,
-    "relations": 0.06,
+    "relations": 0.05,
     "flags": 0.03,
     "digits": 0.04,
-    "choice": 0.05,
+    "choice": 0.03,
 }
 CAPTION_SHARES = {
     "emoji_kind": 0.45,
@@ -136,8 +136,8 @@ def _counts(total: int) -> dict[str, int]:
 
 PROFILES = {
     "smoke": Profile(64, _counts(200), dict.fromkeys(EVAL_COUNTS, 8), 32, 100, use_assets=False),
-    "default": Profile(3_000, _counts(16_000), EVAL_COUNTS, 128, 3_200),
-    "full": Profile(9_000, _counts(48_000), {key: _even(1.5 * n) for key, n in EVAL_COUNTS.items()}, 128, 4_000),
+    "default": Profile(3_000, _counts(19_000), EVAL_COUNTS, 128, 3_200),
+    "full": Profile(9_000, _counts(57_000), {key: _even(1.5 * n) for key, n in EVAL_COUNTS.items()}, 128, 4_000),
 }
 Maker = Callable[[int, ImageStore, np.random.Generator], list[Example]]
 

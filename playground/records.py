@@ -25,6 +25,9 @@ CAPTION_REQUESTS = (
 )
 
 
+INDEPENDENT = ("shapes_open", "shapes_yesno")  # an answer says nothing about that of another question
+
+
 @dataclass(frozen=True)
 class Example:
     """A question with its only right answer.
@@ -64,15 +67,16 @@ def conversations(
 
     A model trained on single questions answers a follow-up with its previous answer again; so a `share` of the pictures
     that have several questions get them in one conversation, of `most` questions at the most. The others stay single.
+    Only families whose questions are independent are grouped: where one answer gives away the next (the two sides of a
+    relation, the thing that is there and the one that is not), the picture would not be looked at again.
     """
     by_picture: dict[str, list[Example]] = {}
     for example in examples:
         by_picture.setdefault(example.image, []).append(example)
     groups: list[list[Example]] = []
     for questions in by_picture.values():
-        # one style in a conversation, and no question twice
-        distinct = {(q.style, q.question): q for q in questions}
-        together = [q for q in distinct.values() if q.style == questions[0].style][:most]
+        independent = [question for question in questions if question.family in INDEPENDENT]
+        together = list({question.question: question for question in independent}.values())[:most]
         if len(together) < 2 or rng.random() >= share:
             together = []
         groups += [together] if together else []

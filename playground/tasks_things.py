@@ -32,7 +32,8 @@ _PLACES = {
     "below": ((0.5, 0.74), (0.5, 0.26)),
 }
 _NO_FLIP = ("flag", "symbol")
-NUM_PRESENCE_WORDS = 24
+NUM_PRESENCE_WORDS = 12
+SECOND_THING = 0.4  # the share of presence pictures that show another thing beside the one that is there
 
 
 def by_concept(things: Sequence[Thing], count: int, rng: np.random.Generator) -> list[Thing]:
@@ -123,14 +124,14 @@ def kind_choices(
 def presence(
     catalogue: Catalogue, test: bool, count: int, store: ImageStore, rng: np.random.Generator
 ) -> list[Example]:
-    """Is there a pizza in the image? Is there any food in the image? One to three things in a picture.
+    """Is there a pizza in the image? Is there any food in the image? One or two things in a picture.
 
     Half of the questions name one of a few things, the others a kind; in test pictures the latter show held-out
     concepts (subset "unseen"). Balanced for every question string.
     """
     names = _Asked("name", lambda thing: thing.concept, lambda thing: article(str(thing.word)))
     kinds = _Asked("kind", lambda thing: thing.kind, lambda thing: f"any {thing.kind}")
-    num_named = count // 4 * 2
+    num_named = min(count // 4 * 2, count - 4)
     few = catalogue.select(held_out=False, named=True)[:NUM_PRESENCE_WORDS]
     examples = _presence(catalogue, few, names, num_named, store, rng, "named")
     shown = catalogue.select(held_out=test, named=False)
@@ -163,7 +164,7 @@ def _presence(
         scenes = []
         for target in targets:
             others = [thing for thing in things if asked.key(thing) != asked.key(target)]
-            extra = [others[index] for index in rng.permutation(len(others))[: int(rng.integers(0, 3))]]
+            extra = [others[index] for index in rng.permutation(len(others))[: int(rng.random() < SECOND_THING)]]
             scenes.append([target, *extra])
         absent = _absent_targets(targets, scenes, asked, rng)
         for shown, missing in zip(scenes, absent, strict=True):
@@ -225,14 +226,13 @@ def _absent_targets(
 
 
 def _rotated(targets: list[Thing], scenes: list[list[Thing]], asked: _Asked) -> list[Thing]:
-    absent = targets[1:] + targets[:1]
-    if any(asked.key(thing) == asked.key(target) for thing, target in zip(absent, targets, strict=True)):
-        raise ValueError(
-            f"presence by {asked.category}: {len(targets)} targets cannot be balanced; ask for more questions"
-        )
     for shown in scenes:
         del shown[1:]
-    return absent
+    for shift in range(1, len(targets)):
+        absent = targets[shift:] + targets[:shift]
+        if all(asked.key(thing) != asked.key(target) for thing, target in zip(absent, targets, strict=True)):
+            return absent
+    raise ValueError(f"presence by {asked.category}: {len(targets)} targets cannot be balanced; ask for more questions")
 
 
 def counting(
