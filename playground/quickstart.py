@@ -22,7 +22,7 @@ from llava_moe.evaluation import report, summarize
 from llava_moe.evaluation.records import read_json
 from llava_moe.model.assemble import load_model
 from llava_moe.moe import MoELayer
-from llava_moe.training.telemetry import read_telemetry
+from llava_moe.training.telemetry import read_telemetry, site_name
 from playground.assets import AssetError, default_cache, fetch_assets
 from playground.fallback import random_language_model, train_tokenizer
 from playground.lm_from_gguf import DEFAULT_BLOCKS, convert_language_model
@@ -118,14 +118,14 @@ def write_report(profile: str, folder: Path) -> None:
 
 
 def _facts(profile: str, runs: dict[str, Any], upcycling: dict[str, Any], notices: dict[str, str]) -> dict[str, str]:
-    section = upcycling["section"]
+    section, layers = upcycling["section"]["decoder"], upcycling["layers"]["decoder"]
     blocks = "all 30 blocks" if profile == "full" else f"blocks {list(DEFAULT_BLOCKS)}: no chat model"
     decoder = "a small Llama, random weights" if "language model" in notices else f"SmolLM2-135M-Instruct, {blocks}"
     weights = "random weights" if "tower" in notices else "ImageNet weights"
     return {
         "vision tower": f"{ARCHITECTURE[profile]}, {weights}, frozen",
         "decoder": decoder,
-        "experts": f"{section['num_experts']} in layers {upcycling['layers']}, router {section['router']['name']} "
+        "experts": f"{section['num_experts']} in layers {layers}, router {section['router']['name']} "
         f"{section['router']['args']}, upcycler {section['upcycler']['name']}",
         "steps": ", ".join(f"{stage} {run['steps']}" for stage, run in runs.items()),
         "precision": "bfloat16 training" if runs["sft"]["bf16"] else "float32 training",
@@ -148,9 +148,9 @@ def _expert_load(checkpoint: Path, data: Path, per_family: int = 40) -> tuple[di
     import datasets
 
     model, processor = load_model(checkpoint), load_processor(checkpoint)
-    layers = [m.layer for m in model.modules() if isinstance(m, MoELayer)]
+    layers = [site_name(m.site) for m in model.modules() if isinstance(m, MoELayer)]
     rows = [r for file in sorted((data / "eval").glob("*.parquet")) for r in _rows(datasets, file)]
-    counts: dict[str, dict[int, torch.Tensor]] = {}
+    counts: dict[str, dict[str, torch.Tensor]] = {}
     taken: dict[str, int] = {}
     for row in rows:
         family = row["family"]
@@ -159,12 +159,12 @@ def _expert_load(checkpoint: Path, data: Path, per_family: int = 40) -> tuple[di
         taken[family] = taken.get(family, 0) + 1
         turns = [Turn("user", f"<image>\n{row['question']}")]
         batch = processor.pad_prompts([processor.encode_prompt(turns, [row["image"].convert("RGB")])])
-        for layer, routing in model(**batch).routings.items():
+        for site, routing in model(**batch).routings.items():
             mine = counts.setdefault(family, {})
-            mine[layer] = mine.get(layer, 0) + routing.load_E()
-    share = {f: {str(i): (c[i] / c[i].sum()).tolist() for i in layers} for f, c in counts.items()}
+            mine[site_name(site)] = mine.get(site_name(site), 0) + routing.load_E()
+    share = {f: {i: (c[i] / c[i].sum()).tolist() for i in layers} for f, c in counts.items()}
     total = {i: sum(c[i] for c in counts.values()) for i in layers}
-    return {str(i): (t / t.sum()).tolist() for i, t in total.items()}, share
+    return {i: (t / t.sum()).tolist() for i, t in total.items()}, share
 
 
 def _write_examples(folder: Path) -> None:
@@ -181,7 +181,10 @@ def _write_examples(folder: Path) -> None:
             seen.add(row["family"])
             name = f"{row['family']}.png"
             row["image"].convert("RGB").save(out / name)
-            turns = [{"from": "human", "value": f"<image>\n{row['question']}"}]
+            turns = [
+                {"from": "human", "value": f"<image>\n{row['question']}"},
+                {"from": "gpt", "value": row["answer"]},
+            ]
             records.append({"id": row["family"], "image": name, "conversations": turns})
     (out / "examples.json").write_text(json.dumps(records, indent=1))
 
