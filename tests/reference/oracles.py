@@ -5,47 +5,18 @@ A router or a balance loss that a recipe may name has an oracle of the same name
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Vector = list[float]
 Matrix = list[list[float]]
 
 
-def softmax(scores: Vector) -> Vector:
-    highest = max(scores)
-    powers = [math.exp(score - highest) for score in scores]
-    return [power / sum(powers) for power in powers]
-
-
 def matvec(matrix: Matrix, vector: Vector) -> Vector:
     return [sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
-
-
-def top_k(
-    tokens: Matrix, weight: Matrix, bias: Vector | None, *, k: int, convention: str
-) -> tuple[list[list[int]], Matrix, Matrix]:
-    """Each token's experts, best first, their weights, and its probabilities over all experts."""
-    indices, weights, probabilities = [], [], []
-    for token in tokens:
-        logits = matvec(weight, token)
-        if bias is not None:
-            logits = [z + b for z, b in zip(logits, bias, strict=True)]
-        p = softmax(logits)
-        chosen = sorted(range(len(p)), key=lambda e: -p[e])[:k]
-        if convention == "softmax_topk_renorm":
-            g = [p[e] / sum(p[j] for j in chosen) for e in chosen]
-        elif convention == "softmax_topk":
-            g = [p[e] for e in chosen]
-        elif convention == "topk_softmax":
-            g = softmax([logits[e] for e in chosen])
-        else:
-            raise ValueError(convention)
-        indices.append(chosen)
-        weights.append(g)
-        probabilities.append(p)
-    return indices, weights, probabilities
 
 
 def activation(name: str) -> Callable[[float], float]:
@@ -105,24 +76,15 @@ def mixture(
     return outputs
 
 
-def switch(logits: Matrix, probs: Matrix, indices: list[list[int]], mask: list[bool]) -> float:
-    """E * sum_e f_e P_e over the tokens that count."""
-    num_experts = len(probs[0])
-    counted = [t for t, real in enumerate(mask) if real]
-    slots = [e for t in counted for e in indices[t] if e < num_experts]
-    total = 0.0
-    for e in range(num_experts):
-        f = slots.count(e) / len(slots)
-        p = sum(probs[t][e] for t in counted) / len(counted)
-        total += f * p
-    return num_experts * total
+def _collected(table: str) -> dict[str, Callable[..., Any]]:
+    """All entries of that table in this folder's `oracles_*.py`; a name may occur once."""
+    found: dict[str, Callable[..., Any]] = {}
+    for path in sorted(Path(__file__).parent.glob("oracles_*.py")):
+        entries = getattr(importlib.import_module(f"tests.reference.{path.stem}"), table, {})
+        assert not found.keys() & entries.keys(), f"{path.name} repeats {sorted(found.keys() & entries.keys())}"
+        found.update(entries)
+    return found
 
 
-def z(logits: Matrix, probs: Matrix, indices: list[list[int]], mask: list[bool]) -> float:
-    """Mean of logsumexp(z)^2 over the tokens that count."""
-    counted = [row for row, real in zip(logits, mask, strict=True) if real]
-    return sum(math.log(sum(math.exp(value) for value in row)) ** 2 for row in counted) / len(counted)
-
-
-ROUTERS: dict[str, Callable[..., Any]] = {"top_k": top_k}
-BALANCE_LOSSES: dict[str, Callable[..., float]] = {"switch": switch, "z": z}
+ROUTERS: dict[str, Callable[..., Any]] = _collected("ROUTERS")
+BALANCE_LOSSES: dict[str, Callable[..., Any]] = _collected("BALANCE_LOSSES")

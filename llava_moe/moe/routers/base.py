@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from llava_moe.moe.types import Routing, RoutingContext
-from llava_moe.registry import near_misses
+from llava_moe.moe.component import Component, Float32Buffers
+from llava_moe.moe.types import MlpSpec, Routing, RoutingContext
+
+if TYPE_CHECKING:
+    from llava_moe.moe.experts import Experts
 
 
-class Router(nn.Module, ABC):
+class Router(Float32Buffers, Component, ABC):
     """Decides which experts see which tokens, and nothing else: no loss, no logging, no dispatch.
 
-    Class flags, which the contract tests hold a router to:
-        token_choice: each token fills its own K slots.
+    Class flags, which the contract tests hold a router to (on an instance they may depend on its options):
+        token_choice: each token fills its own K slots, and no other token matters to it.
         causal_safe: a token's routing never depends on later tokens; otherwise a decoder refuses the router.
         normalised: the weights of each token sum to 1.
         stochastic: training mode draws random numbers.
+        signed: weights may be negative.
+        learned: it has parameters that learn.
+        needs: the fields of RoutingContext that it cannot do without: "token_ids_T", "modality_T".
+        needs_previous: it reads the routing of the MoE layer before it (`context.previous`).
+        needs_experts: it looks at the outputs of the experts (`context.run_experts`).
+        extras: the names in `Routing.extras` that it always provides.
     """
 
-    token_choice: ClassVar[bool] = True
-    causal_safe: ClassVar[bool] = True
-    normalised: ClassVar[bool] = True
-    stochastic: ClassVar[bool] = False
+    kind: ClassVar[str] = "router"
+    token_choice: bool = True
+    causal_safe: bool = True
+    normalised: bool = True
+    stochastic: bool = False
+    signed: bool = False
+    learned: bool = True
+    needs: ClassVar[tuple[str, ...]] = ()
+    needs_previous: bool = False
+    needs_experts: bool = False
+    extras: tuple[str, ...] = ()
 
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        """The options that a recipe may set under `router.args`."""
-
-    def __init__(self, hidden: int, num_experts: int, config: Router.Config) -> None:
+    def __init__(self, hidden: int, num_experts: int, config: Any) -> None:
         super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"{type(self).__name__}: num_experts={num_experts} must be at least 1")
         self.hidden = hidden
         self.num_experts = num_experts
         self.config = config
@@ -46,11 +59,7 @@ class Router(nn.Module, ABC):
         Raises:
             ValueError: an option is unknown, or its value is refused by the router.
         """
-        known = [field.name for field in dataclasses.fields(cls.Config)]
-        for key in args:
-            if key not in known:
-                raise ValueError(f"router {cls.__name__} has no option {key!r}; {near_misses(key, known)}")
-        return cls(hidden, num_experts, cls.Config(**args))
+        return cls(hidden, num_experts, cls.parse(args))
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -59,3 +68,27 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Routes T tokens."""
+
+    @property
+    @abstractmethod
+    def active_experts(self) -> float:
+        """Experts that a token uses, at the most or by design in the mean; what counting active parameters needs."""
+
+    def attach(self, experts: Experts) -> None:  # an optional hook
+        """Called once by the layer: lets a router look at the kinds of its experts.
+
+        Raises:
+            ValueError: the router cannot work with them.
+        """
+
+    def side_branch(self, spec: MlpSpec) -> nn.Module | None:
+        """A module (x_TD, routing) -> y_TD that the layer adds to the experts' output; None for most methods."""
+        return None
+
+    def tie_rows(self, group: int) -> None:
+        """Makes each `group` consecutive experts start with equal scores, as granular upcycling needs.
+
+        Raises:
+            ValueError: the scores of this router do not come from one row for each expert.
+        """
+        raise ValueError(f"{type(self).__name__} has no row for each expert that could be tied; use top_k")
