@@ -11,11 +11,13 @@ from transformers import AutoConfig, AutoModel
 from transformers import logging as transformers_logging
 
 from llava_moe.config import RunConfig
-from llava_moe.model.configuration import LlavaMoeConfig, MoeSection, NamedArgs
+from llava_moe.model.configuration import LlavaMoeConfig, MoeSection
 from llava_moe.model.modeling import LlavaMoeForConditionalGeneration
-from llava_moe.model.upcycling import count_parameters, select_layers
-from llava_moe.moe import BALANCE_LOSSES, UPCYCLERS
+from llava_moe.model.upcycling import count_parameters, moe_part
+from llava_moe.moe import UPCYCLERS
 from llava_moe.training.arguments import check_deepspeed_file, training_arguments
+from llava_moe.training.controllers import Controllers, check_options, moe_layers
+from llava_moe.training.objective import Balance
 from llava_moe.training.stage import apply_stage, count_trainable
 
 
@@ -28,10 +30,10 @@ def describe(source: str, config: RunConfig) -> str:
     check_deepspeed_file(config)
     # DeepSpeed would ask for a launcher; everything else about the arguments is checked as in a real run.
     arguments = training_arguments(dataclasses.replace(config, deepspeed=None))
-    for name in config.balance.losses:
-        BALANCE_LOSSES.get(name)
-    if config.upcycle is not None:
-        UPCYCLERS.get(config.upcycle.upcycler.name).build(config.upcycle.upcycler.args)
+    Balance.build(config.balance)
+    check_options(config.balance)
+    for part in () if config.upcycle is None else config.upcycle.parts().values():
+        UPCYCLERS.get(part.upcycler.name).build(part.upcycler.args)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     lines = [
         f"# {source} (dry run)",
@@ -52,6 +54,9 @@ def _parameters(config: RunConfig) -> str:
     with torch.device("meta"):
         model = LlavaMoeForConditionalGeneration(shape)
     apply_stage(model, config.stage)
+    balance, layers = Balance.build(config.balance), moe_layers(model)
+    balance.check(layers)
+    Controllers.build(config.balance, layers, balance.losses)
     counts = count_parameters(model)
     return (
         f"parameters: {counts['total']:,} total, {counts['active']:,} active per token, "
@@ -63,11 +68,12 @@ def _shape(config: RunConfig) -> LlavaMoeConfig:
     """The config of the model that the run would train."""
     if config.upcycle is not None:
         dense: Any = AutoConfig.from_pretrained(config.upcycle.parent)
-        section = MoeSection(
-            layers=tuple(select_layers(config.upcycle.layers, dense.text_config.num_hidden_layers)),
-            num_experts=config.upcycle.num_experts,
-            router=NamedArgs(config.upcycle.router.name, dict(config.upcycle.router.args)),
-        )
+        counts = {
+            "decoder": dense.text_config.num_hidden_layers,
+            "vision": getattr(dense.vision_config, "num_hidden_layers", 0),
+            "projector": 1,
+        }
+        section = MoeSection(**{n: moe_part(p, n, counts[n]) for n, p in config.upcycle.parts().items()})
         return LlavaMoeConfig.from_dict({**dense.to_dict(), "moe": section.to_dict()})
     if config.model.checkpoint is not None:
         found: Any = AutoConfig.from_pretrained(config.model.checkpoint)

@@ -1,66 +1,111 @@
 """The training objective: the only place where coefficients, layers, accumulation and world size meet.
 
-    total = W * CE  +  (1 / A) * sum_l c_l * mean over layers of loss_l
+    total = W * CE  +  (1 / A) * sum_l c_l * mean over layers of factor_l * loss_l
 
 CE is the cross-entropy of this micro-batch divided by the number of label tokens of the whole step (all ranks, all A
 micro-batches). Gradients are summed over micro-batches and averaged over the W ranks, hence the two factors: with them
 the gradient of CE is that of the mean over all tokens of the step, and the gradient of each balance loss is its mean
 over micro-batches and ranks, for any A and W. Left alone, the stock Trainer would multiply the balance term by A (and,
-summed inside the model's loss, by W).
+summed inside the model's loss, by W). The factors are those of controllers that drive a loss, and 1 without them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llava_moe.moe import BALANCE_LOSSES, Routing, RoutingContext, RoutingScope
+from llava_moe.config import BalanceSection, RecipeError
+from llava_moe.moe import BALANCE_LOSSES, BalanceLoss, MoELayer, Routing, RoutingScope, SiteKey
 from llava_moe.registry import RegistryError
+from llava_moe.training.telemetry import site_name
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The total to call backward on, and its parts as they are logged (detached, unscaled, unweighted)."""
+    """The total to call backward on, and its parts as they are logged (detached, unscaled, without coefficient)."""
 
     total: Tensor
     parts: dict[str, Tensor]
 
 
-def check_losses(coefficients: Mapping[str, float], has_experts: bool) -> None:
-    """Looks at the recipe's balance section before compute is spent.
+@dataclass(frozen=True)
+class Balance:
+    """The balance losses of a recipe, built, and their coefficients; the losses keep state within a step."""
 
-    Raises:
-        RegistryError: a loss is unknown.
-        ValueError: there are no experts to balance.
-    """
-    for name in coefficients:
-        try:
-            BALANCE_LOSSES.get(name)
-        except RegistryError as error:
-            raise RegistryError(f"balance.losses: {error}") from error
-    if coefficients and not has_experts:
-        raise ValueError(
-            f"balance.losses names {', '.join(coefficients)}, but the checkpoint is dense and has nothing to balance"
-        )
+    losses: Mapping[str, BalanceLoss]
+    coefficients: Mapping[str, float]
+
+    @staticmethod
+    def build(section: BalanceSection) -> Balance:
+        """Makes them.
+
+        Raises:
+            RecipeError: a loss is unknown, or refuses an option.
+        """
+        losses, coefficients = {}, {}
+        for name, (coefficient, options) in section.weighted_losses().items():
+            try:
+                losses[name] = BALANCE_LOSSES.get(name).build(options)
+            except RegistryError as error:
+                raise RecipeError(f"balance.losses: {error}") from error
+            except ValueError as error:
+                raise RecipeError(f"balance.losses.{name}: {error}") from error
+            coefficients[name] = coefficient
+        return Balance(losses, coefficients)
+
+    def check(self, layers: Mapping[SiteKey, MoELayer]) -> None:
+        """Holds the losses against the layers that were built, before compute is spent.
+
+        Raises:
+            RecipeError: there is nothing to balance, or a router does not provide what a loss needs.
+        """
+        if self.losses and not layers:
+            raise RecipeError(
+                f"balance.losses names {', '.join(self.losses)}, but no layer of the checkpoint routes tokens to "
+                "experts (a dense checkpoint has nothing to balance)"
+            )
+        for name, loss in self.losses.items():
+            for site, layer in layers.items():
+                try:
+                    loss.check(layer.router, site[0])
+                except ValueError as error:
+                    raise RecipeError(f"balance.losses.{name}: layer {site_name(site)}: {error}") from error
+
+    def start_step(self) -> None:
+        """Must be called before the first micro-batch of every optimiser step."""
+        for loss in self.losses.values():
+            loss.start_step()
 
 
 def balance_terms(
-    routings: Mapping[int, Routing], scope: RoutingScope, coefficients: Mapping[str, float]
+    routings: Mapping[SiteKey, Routing],
+    scope: RoutingScope,
+    losses: Mapping[str, BalanceLoss],
+    factor: Callable[[str, SiteKey], Tensor | float] | None = None,
 ) -> dict[str, Tensor]:
-    """The mean over layers of each named loss, unweighted."""
+    """The mean over layers of each loss, without its coefficient.
+
+    Args:
+        routings: of one forward, by site.
+        scope: the one that these routings were recorded in.
+        losses: by name.
+        factor: what controllers multiply a loss by at a site; None is 1 everywhere.
+
+    Raises:
+        ValueError: no layer has routed.
+    """
+    if losses and not routings:
+        raise ValueError(f"balance losses {', '.join(losses)}: no layer has routed in this forward")
     terms = {}
-    for name in coefficients:
-        loss = BALANCE_LOSSES.get(name)
-        per_layer = [loss(routing, _context(scope, layer, routing)) for layer, routing in routings.items()]
+    for name, loss in losses.items():
+        per_layer = [loss(routing, scope.context_of(site)) for site, routing in routings.items()]
+        if factor is not None:
+            per_layer = [factor(name, site) * value for site, value in zip(routings, per_layer, strict=True)]
         terms[name] = torch.stack(per_layer).mean()
     return terms
-
-
-def _context(scope: RoutingScope, layer: int, routing: Routing) -> RoutingContext:
-    return scope.context(layer, routing.logits_TE.shape[0], routing.logits_TE.device)
 
 
 def combine(

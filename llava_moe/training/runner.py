@@ -21,8 +21,9 @@ from llava_moe.data.processing import LlavaMoeProcessor, load_processor
 from llava_moe.model.assemble import check_checkpoint, fingerprint, load_model
 from llava_moe.training import distributed
 from llava_moe.training.arguments import training_arguments
+from llava_moe.training.controllers import Controllers, moe_layers
 from llava_moe.training.feature_cache import feature_store
-from llava_moe.training.objective import check_losses
+from llava_moe.training.objective import Balance
 from llava_moe.training.stage import apply_stage, count_trainable
 from llava_moe.training.start import start_point
 from llava_moe.training.telemetry import FILE as TELEMETRY
@@ -69,6 +70,8 @@ def train(config: RunConfig) -> Path:
     last = last_whole_checkpoint(out)
     if last is not None and distributed.rank() == 0:
         print(f"train: going on from {last}")
+    if last is not None:
+        trainer.controllers.load(last)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     _save(trainer, processor, final)
     if distributed.rank() == 0:
@@ -88,11 +91,13 @@ def _make_trainer(
         raise RecipeError(f"model.dtype={config.model.dtype}: must be one of {', '.join(_DTYPES)}")
     model = load_model(checkpoint, _DTYPES[config.model.dtype], config.model.attn_implementation)
     groups = apply_stage(model, config.stage)
-    check_losses(config.balance.losses, model.config.moe is not None)
+    balance, layers = Balance.build(config.balance), moe_layers(model)
+    balance.check(layers)
+    controllers = Controllers.build(config.balance, layers, balance.losses)
     store = None
     if config.data.feature_cache is not None:
-        if "vision_tower" in config.stage.learning_rates:
-            raise RecipeError("data.feature_cache needs a frozen tower, but the stage trains vision_tower")
+        if any(p.requires_grad for p in model.get_submodule("model.vision_tower").parameters()):
+            raise RecipeError("data.feature_cache needs a frozen tower, but the stage trains parts of it")
         store = feature_store(config.data.feature_cache, model, processor, sources)
     dataset = ConversationDataset(
         sources,
@@ -116,7 +121,8 @@ def _make_trainer(
         data_collator=collator,
         callbacks=[telemetry],
         parameter_groups=groups,
-        balance=config.balance.losses,
+        balance=balance,
+        controllers=controllers,
     )
     telemetry.trainer = trainer
     return trainer
@@ -213,6 +219,7 @@ def _earlier_seconds(out: Path, last: Path | None) -> float:
 def _finish(config: RunConfig, trainer: LlavaMoeTrainer, checkpoint: Path, seconds: float) -> None:
     out = Path(config.output_dir)
     trainer.state.save_to_json(str(out / "trainer_state.json"))
+    trainer.controllers.save(out)
     facts = {
         "stage": config.stage.name,
         "start": str(checkpoint),

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from llava_moe.config import StageSection
+from llava_moe.model.sites import num_used_layers
 from llava_moe.registry import near_misses
 
 # First match wins; every parameter of a model belongs to exactly one part.
+# Routers and experts come first: wherever they sit, in decoder, tower or projector, they have rates of their own.
 _PARTS: dict[str, tuple[str, ...]] = {
+    "router": (".router.",),
+    "experts": (".experts.", ".shared.", ".side."),
     "vision_tower": (".vision_tower.",),
     "projector": (".multi_modal_projector.",),
-    "router": (".mlp.router.",),
-    "experts": (".mlp.experts.",),
     "embeddings": (".embed_tokens.", "lm_head."),
     "decoder": (".language_model.",),
 }
@@ -50,7 +52,9 @@ def apply_stage(model: nn.Module, stage: StageSection) -> list[dict[str, Any]]:
     members: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in _PARTS}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        parameter.requires_grad_(part in stage.learning_rates and name not in unused)
+        # The base under LoRA or MoV experts stays as it is: that is what makes the method.
+        learns = part in stage.learning_rates and name not in unused and ".experts.base_" not in name
+        parameter.requires_grad_(learns)
         members[part].append((name, parameter))
     absent = [part for part in stage.learning_rates if not members[part]]
     if absent:
@@ -81,11 +85,10 @@ def _unused_tower_parameters(model: nn.Module) -> set[str]:
         return set()
     prefix = "model.vision_tower."
     tower = model.get_submodule("model.vision_tower")
-    blocks = next((m for n, m in tower.named_modules() if n.endswith("encoder.layers")), None)
+    blocks = next((m for n, m in tower.named_modules() if n.endswith(("encoder.layers", "encoder.layer"))), None)
     names = {prefix + n for n, _ in tower.named_parameters() if "post_layernorm" in n or ".head." in n}
     if isinstance(blocks, nn.ModuleList):
-        # hidden_states has one entry more than there are blocks: entry i is the input of block i.
-        used = layer if layer >= 0 else len(blocks) + 1 + layer
+        used = num_used_layers(len(blocks), layer)
         for index, block in enumerate(blocks):
             if index >= used:
                 block_ids = {id(p) for p in block.parameters()}

@@ -13,9 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
-from llava_moe.moe import Routing, RoutingScope
+from llava_moe.moe import LayerStats, Routing, RoutingScope, SiteKey
+from llava_moe.moe.capacity import DROPPED
 
 FILE = "telemetry.jsonl"
+
+
+def site_name(site: SiteKey) -> str:
+    """The index alone for a decoder layer; "vision.3" and "projector.0" elsewhere."""
+    part, layer = site
+    return str(layer) if part == "decoder" else f"{part}.{layer}"
 
 
 class RoutingMeter:
@@ -23,19 +30,30 @@ class RoutingMeter:
 
     def __init__(self) -> None:
         self._parts: dict[str, Tensor] = {}
-        self._loads: dict[int, Tensor] = {}
-        self._entropies: dict[int, Tensor] = {}
+        self._loads: dict[str, Tensor] = {}
+        self._entropies: dict[str, Tensor] = {}
+        self._dropped: dict[str, Tensor] = {}
         self._updates = 0
 
     @torch.no_grad()
-    def update(self, parts: Mapping[str, Tensor], routings: Mapping[int, Routing], scope: RoutingScope) -> None:
+    def update(
+        self,
+        parts: Mapping[str, Tensor],
+        routings: Mapping[SiteKey, Routing],
+        scope: RoutingScope,
+        stats: Mapping[SiteKey, LayerStats],
+    ) -> None:
+        """Takes one micro-batch: the parts of its objective, its routings, and what was measured of them."""
         self._updates += 1
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, torch.zeros_like(value)) + value
-        for layer, routing in routings.items():
-            mask_T = scope.context(layer, routing.logits_TE.shape[0], routing.logits_TE.device).token_mask_T
-            load_E = routing.load_E(mask_T)
+        for site, routing in routings.items():
+            layer, mask_T = site_name(site), scope.context_of(site).token_mask_T
+            load_E = stats[site].load_E
             self._loads[layer] = self._loads.get(layer, torch.zeros_like(load_E)) + load_E
+            if DROPPED in routing.extras:
+                dropped = stats[site].num_dropped
+                self._dropped[layer] = self._dropped.get(layer, torch.zeros_like(dropped)) + dropped
             entropy_T = -(routing.probs_TE * routing.probs_TE.clamp(min=1e-9).log()).sum(-1)
             mean = (entropy_T * mask_T).sum() / mask_T.sum().clamp(min=1)
             self._entropies[layer] = self._entropies.get(layer, torch.zeros_like(mean)) + mean
@@ -44,22 +62,27 @@ class RoutingMeter:
         """Means over updates and ranks since the last call; every rank must call it.
 
         Per layer: `load`, the share of slots of each expert; `max_violation`, fullest expert over the mean, minus 1;
-        `entropy` of the router's probabilities in nats.
+        `entropy` of the router's probabilities in nats; `drop_rate`, the share of the slots that the capacity emptied,
+        where there is one.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
         if dist.is_initialized():
-            for tensor in [*self._parts.values(), *self._loads.values(), *self._entropies.values()]:
-                dist.all_reduce(tensor)
+            for sums in (self._parts, self._loads, self._entropies, self._dropped):
+                for tensor in sums.values():
+                    dist.all_reduce(tensor)
         count = max(self._updates * world, 1)
         row: dict[str, Any] = {name: float(value) / count for name, value in self._parts.items()}
         layers = {}
         for layer, load_E in self._loads.items():
             share = load_E / load_E.sum().clamp(min=1)
-            layers[str(layer)] = {
+            layers[layer] = {
                 "load": [round(v, 5) for v in share.tolist()],
                 "max_violation": round(float(share.max() * len(share) - 1), 5),
                 "entropy": round(float(self._entropies[layer]) / count, 5),
             }
+            if layer in self._dropped:
+                dropped = float(self._dropped[layer])
+                layers[layer]["drop_rate"] = round(dropped / max(dropped + float(load_E.sum()), 1.0), 5)
         if layers:
             row["layers"] = layers
         self.__init__()  # type: ignore[misc]  # starts counting anew
@@ -85,6 +108,9 @@ class TelemetryCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
         if not logs or "loss" not in logs:
             return
         row = self.trainer.meter.flush()
+        told = self.trainer.controllers.logged()
+        if told:
+            row["controllers"] = told
         step, start = self._since
         now = time.perf_counter()
         self._since = (state.global_step, now)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from llava_moe.training.objective import balance_terms, combine
+from llava_moe.training.controllers import ControllerCallback, Controllers, measure
+from llava_moe.training.objective import Balance, balance_terms, combine
 from llava_moe.training.sampler import EpochCallback, EpochSampler
 from llava_moe.training.telemetry import RoutingMeter
 
@@ -20,21 +20,29 @@ class LlavaMoeTrainer(Trainer):  # type: ignore[misc]  # transformers types it a
 
     Args:
         parameter_groups: from `stage.apply_stage`.
-        balance: coefficients of the balance losses.
+        balance: the balance losses with their coefficients.
+        controllers: what acts on routers and losses after every step.
     """
 
     # The objective has divided by the label tokens of the whole step; the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, *args: Any, parameter_groups: list[dict[str, Any]], balance: Mapping[str, float], **kwargs: Any
+        self,
+        *args: Any,
+        parameter_groups: list[dict[str, Any]],
+        balance: Balance,
+        controllers: Controllers,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.parameter_groups = parameter_groups
-        self.balance = dict(balance)
+        self.balance = balance
+        self.controllers = controllers
         self.meter = RoutingMeter()
         self._epoch = EpochCallback()
         self.add_callback(self._epoch)
+        self.add_callback(ControllerCallback(controllers, balance))
 
     def compute_loss(
         self,
@@ -48,12 +56,15 @@ class LlavaMoeTrainer(Trainer):  # type: ignore[misc]  # transformers types it a
         routings = output.routings or {}
         objective = combine(
             output.loss,
-            balance_terms(routings, scope, self.balance),
-            self.balance,
+            balance_terms(routings, scope, self.balance.losses, self.controllers.factor),
+            self.balance.coefficients,
             accumulation_steps=self.current_gradient_accumulation_steps,
             world_size=self.accelerator.num_processes,
         )
-        self.meter.update(objective.parts, routings, scope)
+        stats = measure(routings, scope)
+        if model.training:
+            self.controllers.observe(stats)
+        self.meter.update(objective.parts, routings, scope, stats)
         return (objective.total, output) if return_outputs else objective.total
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llava_moe.config import BalanceSection, RecipeError
 from llava_moe.data.collator import Collator
 from llava_moe.model.assemble import load_model
-from llava_moe.registry import RegistryError
-from llava_moe.training.objective import balance_terms, check_losses, combine
+from llava_moe.moe import BALANCE_LOSSES, SiteKey
+from llava_moe.training.controllers import moe_layers
+from llava_moe.training.objective import Balance, balance_terms, combine
 from llava_moe.training.telemetry import read_telemetry
 from tests.training.runs import (
     MOE_PARTS,
@@ -217,7 +219,7 @@ def test_parts_are_logged_unscaled(moe_checkpoint: Path, tmp_path: Path) -> None
     model = load_model(moe_checkpoint)
     batch = made.data_collator([made.train_dataset[i] for i in range(2)])
     output = model(**batch)
-    terms = balance_terms(output.routings, model.model.scope, BALANCE)
+    terms = balance_terms(output.routings, model.model.scope, made.balance.losses)
     assert math.isclose(float(output.loss.detach()), rows[0]["cross_entropy"], rel_tol=1e-4)
     for name, term in terms.items():
         assert math.isclose(float(term.detach()), rows[0][name], rel_tol=1e-4), name
@@ -229,10 +231,75 @@ def test_combine_by_hand() -> None:
     assert objective.parts == {"cross_entropy": 0.25 * 4 * 2, "a": 2.0}
 
 
-def test_check_losses() -> None:
-    check_losses({}, has_experts=False)
-    check_losses({"switch": 0.01}, has_experts=True)
-    with pytest.raises(RegistryError, match=r"balance\.losses: unknown balance loss 'swich'; did you mean 'switch'"):
-        check_losses({"swich": 0.01}, has_experts=True)
-    with pytest.raises(ValueError, match="switch, but the checkpoint is dense"):
-        check_losses({"switch": 0.01}, has_experts=False)
+def test_factors_of_controllers_multiply_single_layers(moe_checkpoint: Path, tmp_path: Path) -> None:
+    """And reach the gradient: a factor of 0 leaves a layer's router alone."""
+    model = load_model(moe_checkpoint)
+    made = make_trainer(make_config(tmp_path, moe_checkpoint, repeated_data(tmp_path / "data", 2, 1), stage=MOE_STAGE))
+    output = model(**made.data_collator([made.train_dataset[i] for i in range(2)]))
+    losses = {name: BALANCE_LOSSES.get(name).build({}) for name in BALANCE}
+    factors = {"switch": {("decoder", 0): torch.tensor(3.0), ("decoder", 2): 0.0}, "z": {}}
+
+    def factor(name: str, site: SiteKey) -> torch.Tensor | float:
+        return factors[name].get(site, 1.0)
+
+    driven = balance_terms(output.routings, model.model.scope, losses, factor)
+    plain = balance_terms(output.routings, model.model.scope, losses)
+    first = losses["switch"](output.routings["decoder", 0], model.model.scope.context_of(("decoder", 0)))
+    torch.testing.assert_close(driven["switch"], 3 * first / 2)
+    torch.testing.assert_close(driven["z"], plain["z"])
+    driven["switch"].backward()
+    gradients = {site: layer.router.scorer.weight.grad for site, layer in moe_layers(model).items()}
+    assert gradients["decoder", 0].abs().max() > 0
+    # the layer above reads what the first one wrote, but its own loss has the factor 0
+    assert gradients["decoder", 2] is None or gradients["decoder", 2].abs().max() == 0
+
+
+def test_losses_without_a_routing_are_an_error(moe_checkpoint: Path) -> None:
+    losses = {"switch": BALANCE_LOSSES.get("switch").build({})}
+    with pytest.raises(ValueError, match="switch: no layer has routed"):
+        balance_terms({}, load_model(moe_checkpoint).model.scope, losses)
+    assert balance_terms({}, load_model(moe_checkpoint).model.scope, {}) == {}
+
+
+def test_options_of_a_loss_in_a_recipe() -> None:
+    balance = Balance.build(
+        BalanceSection(losses={"switch": {"coefficient": 0.01, "per": "token"}, "z": 1e-3, "entropy": None})
+    )
+    assert balance.coefficients == {"switch": 0.01, "z": 1e-3}
+    assert set(balance.losses) == {"switch", "z"}
+    assert balance.losses["switch"].config.per == "token"
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"swich": 0.01}, r"balance\.losses: unknown balance loss 'swich'; did you mean 'switch'"),
+        ({"switch": "much"}, r"balance\.losses\.switch: coefficient='much' must be a number of at least 0"),
+        ({"switch": True}, r"balance\.losses\.switch: coefficient=True"),
+        ({"switch": -1.0}, r"balance\.losses\.switch: coefficient=-1\.0"),
+        ({"switch": math.nan}, r"balance\.losses\.switch: coefficient=nan"),
+        ({"switch": {"per": "token"}}, r"balance\.losses\.switch needs a coefficient"),
+        ({"switch": {"coefficient": 1.0, "pre": "token"}}, r"balance\.losses\.switch: .*no option 'pre'.*'per'"),
+        ({"switch": {"coefficient": 1.0, "per": 3}}, r"balance\.losses\.switch: .*per=3 must be str"),
+        ({"relu_l1": {"coefficient": 1.0, "k": 0}}, r"balance\.losses\.relu_l1: .*k=0 must be at least 1"),
+        ({"locality": 0.1}, r"balance\.losses\.locality: .*needs the option 'num_nodes'"),
+    ],
+)
+def test_a_wrong_loss_is_named(losses: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Balance.build(BalanceSection(losses=losses))
+
+
+def test_losses_are_held_against_the_model(dense_checkpoint: Path, moe_checkpoint: Path) -> None:
+    dense, sparse = (moe_layers(load_model(path)) for path in (dense_checkpoint, moe_checkpoint))
+    Balance.build(BalanceSection()).check(dense)
+    switch = Balance.build(BalanceSection(losses={"switch": 0.01}))
+    switch.check(sparse)
+    with pytest.raises(RecipeError, match=r"balance\.losses names switch, .* dense checkpoint"):
+        switch.check(dense)
+    for losses, message in (
+        ({"importance_load": 0.01}, r"importance_load: layer 0: .*'load_prob_TE'.*use the router noisy_top_k"),
+        ({"locality": {"coefficient": 0.1, "num_nodes": 3}}, r"locality: layer 0: .*num_nodes=3 must divide the 4"),
+    ):
+        with pytest.raises(RecipeError, match=rf"balance\.losses\.{message}"):
+            Balance.build(BalanceSection(losses=losses)).check(sparse)

@@ -152,7 +152,7 @@ def test_telemetry_rows(moe_checkpoint: Path, tmp_path: Path) -> None:
         assert set(row["layers"]) == {"0", "2"}
         assert row["loss"] == pytest.approx(row["cross_entropy"] + 0.1 * row["switch"] + 0.01 * row["z"], rel=1e-4)
         for layer in row["layers"].values():
-            assert len(layer["load"]) == TINY_MOE["num_experts"]
+            assert len(layer["load"]) == TINY_MOE["decoder"]["num_experts"]
             assert sum(layer["load"]) == pytest.approx(1, abs=1e-4)
             assert layer["max_violation"] == pytest.approx(max(layer["load"]) * 4 - 1, abs=1e-3)
             assert 0 < layer["entropy"] <= math.log(4) + 1e-5
