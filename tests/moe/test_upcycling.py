@@ -1,4 +1,4 @@
-"""Every registered upcycler is held to the contract it declares."""
+"""Every registered upcycler is held to the contract that it declares, with real routers."""
 
 from __future__ import annotations
 
@@ -7,124 +7,204 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
-from llava_moe.moe import UPCYCLERS, MlpSpec, MoELayer, StackedExperts
-from llava_moe.moe.experts import ACTIVATIONS
-from llava_moe.moe.upcycling import Contract, DenseMlp
-from tests.moe.cases import NUM_EXPERTS, ROUTER_CASES, SPECS, case_id, make_router, random_slots
+from llava_moe.moe import ROUTERS as ALL_ROUTERS
+from llava_moe.moe import UPCYCLERS, MlpSpec, MoELayer, Router, StackedExperts
+from llava_moe.moe.upcycling import Contract, DenseMlp, NeuronStatistics
+from llava_moe.moe.upcycling.base import stack
+from tests.moe.cases import ROUTER_CASES, FullScope, case_id, make_layer, make_router
+from tests.moe.cases import SPECS as FEW_EXPERTS
+from tests.moe.upcycling_cases import CASES, HIDDEN, NUM_EXPERTS, ROUTERS, SPECS, Case, DenseBlock, measure, upcycle
 
-FUSED = MlpSpec(8, 12, "silu", True, False, "gate_up_proj", "gate_up_proj", "down_proj")
-ALL_SPECS = {**SPECS, "fused": FUSED}
+every_case = pytest.mark.parametrize("case", CASES, ids=case_id)
 every_upcycler = pytest.mark.parametrize("name", UPCYCLERS.names())
-every_spec = pytest.mark.parametrize("spec", ALL_SPECS.values(), ids=ALL_SPECS.keys())
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 
 
-class DenseBlock(nn.Module):
-    """A block as transformers writes it, with the child names of its spec."""
-
-    def __init__(self, spec: MlpSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        width = 2 * spec.intermediate if spec.fused_gate else spec.intermediate
-        if spec.gated and not spec.fused_gate:
-            self.add_module(str(spec.gate_name), nn.Linear(spec.hidden, width, bias=spec.bias))
-        self.add_module(spec.up_name, nn.Linear(spec.hidden, width, bias=spec.bias))
-        self.add_module(spec.down_name, nn.Linear(spec.intermediate, spec.hidden, bias=spec.bias))
-
-    def forward(self, x: Tensor) -> Tensor:
-        act, up = ACTIVATIONS[self.spec.activation], self.get_submodule(self.spec.up_name)(x)
-        if self.spec.fused_gate:
-            gate, up = up.chunk(2, dim=-1)
-            up = act(gate) * up
-        elif self.spec.gated:
-            up = act(self.get_submodule(str(self.spec.gate_name))(x)) * up
-        else:
-            up = act(up)
-        return self.get_submodule(self.spec.down_name)(up)
-
-
-def upcycled(name: str, spec: MlpSpec, block: nn.Module, seed: int = 0) -> StackedExperts:
-    experts = StackedExperts(spec, NUM_EXPERTS)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = UPCYCLERS.get(name).build({})(DenseMlp.read(block, spec), spec, NUM_EXPERTS, generator)
-    experts.load_state_dict(tensors)
-    return experts
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 def test_the_registry_holds_the_known_upcyclers() -> None:
-    assert {"copy"} <= set(UPCYCLERS.names())
+    partitions = {f"partition_{rule}" for rule in ("random", "cluster", "coactivation", "gradient")}
+    others = {"copy", "noise", "drop", "virtual_group", "branch_train_mix", "from_scratch"}
+    assert partitions | others | {"sharing_inner", "sharing_inter"} <= set(UPCYCLERS.names())
     assert UPCYCLERS.get("copy").contract is Contract.EXACT_ANY_ROUTER
 
 
-@every_upcycler
-@every_spec
-def test_keeps_its_contract(name: str, spec: MlpSpec) -> None:
-    block, x = DenseBlock(spec), torch.randn(30, spec.hidden)
-    experts, expected = upcycled(name, spec, block), block(x)
-    everything = torch.arange(NUM_EXPERTS).expand(30, NUM_EXPERTS)
-    contract = UPCYCLERS.get(name).contract
+# Every kind of block with two routers, every router with one kind of block.
+PAIRS = [(spec, router) for spec in SPECS for router in (ROUTERS if spec == "gated-bias" else ROUTERS[:2])]
+
+
+@every_case
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]}-{case_id(pair[1])}")
+def test_keeps_its_contract(case: Case, pair: tuple[str, Case]) -> None:
+    spec, router = SPECS[pair[0]], pair[1]
+    made = upcycle(case, spec, router)
+    made.layer.eval()
+    contract = made.upcycler.contract_with(made.router)
+    x = torch.randn(30, HIDDEN, requires_grad=True)
+    expected = made.dense(x)
     if contract is Contract.EXACT_ANY_ROUTER:
-        index, weight = random_slots(30, 2)
-        found = experts(x, index, weight / weight.sum(-1, keepdim=True))
+        found = made.layer(x)
+        grown, wanted = (torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected))
+        torch.testing.assert_close(grown, wanted, rtol=1e-4, atol=1e-5)
     elif contract is Contract.EXACT_UNIFORM_ROUTER:
-        found = experts(x, everything, torch.full((30, NUM_EXPERTS), 1 / NUM_EXPERTS))
+        with torch.no_grad():  # nearly equal probabilities, but no ties that top-k would have to break
+            for parameter in made.router.parameters():
+                parameter *= 1e-4
+        torch.testing.assert_close(made.layer(x), expected, rtol=0.01, atol=0.005)
+        found = made.equal_weights(x)
     elif contract is Contract.EXACT_SUM_OF_ALL:
-        found = experts(x, everything, torch.ones(30, NUM_EXPERTS))
+        found = made.sum_of_all(x)
     elif contract is Contract.NORM_PRESERVING:
-        index, weight = random_slots(30, 2)
-        found = experts(x, index, weight / weight.sum(-1, keepdim=True))
-        assert 0.5 < float(found.norm() / expected.norm()) < 2
+        exactly = case[1]["output_scale"] == "calibrate"
+        y = made.layer(made.inputs) if exactly else made.equal_weights(made.inputs)
+        ratio = float(y.detach().norm() / made.dense(made.inputs).detach().norm())
+        assert abs(ratio - 1) < 1e-4 if exactly else 0.5 < ratio < 2, ratio
         return
     else:
-        pytest.skip("promises nothing")
+        whole = made.router.normalised and made.router.active_experts % 4 == 0
+        homogeneous = case[1].get("scaling") == "cube_root" and spec.activation == "relu2" and whole
+        off = float((made.layer(x) - expected).detach().norm() / expected.detach().norm())
+        assert (off < 1e-4) if homogeneous else (off > 1e-3), "a contract of none is not kept by accident"
+        return
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @every_upcycler
+def test_class_declares_the_contract_of_its_default_options(name: str) -> None:
+    upcycler = UPCYCLERS.get(name).build({})
+    assert UPCYCLERS.get(name).contract is upcycler.contract
+    assert UPCYCLERS.get(name).needs == upcycler.needs
+
+
+@every_case
+def test_needs_what_it_collects(case: Case) -> None:
+    """A wrong flag would let a program skip the data, or read it for nothing."""
+    upcycler = UPCYCLERS.get(case[0]).build(case[1])
+    wanted = "nothing" if not upcycler.collects else "activations"
+    assert upcycler.needs == ("gradients" if "importance_CF" in upcycler.collects else wanted)
+    accumulator = upcycler.new_accumulator(SPECS["gated"], NUM_EXPERTS)
+    assert accumulator.wants_gradients == (upcycler.needs == "gradients")
+    block = DenseBlock(SPECS["gated"])
+    statistics = measure(upcycler, block, torch.randn(20, HIDDEN))
+    found = {name for name, value in dataclasses.asdict(statistics).items() if value is not None}
+    assert found == set(upcycler.collects)
+
+
+@every_case
+@pytest.mark.parametrize("spec", [SPECS["gated-bias"], SPECS["plain"]], ids=["gated-bias", "plain"])
+def test_tensors_fit_the_experts_and_keep_their_dtype(case: Case, spec: MlpSpec) -> None:
+    """`upcycle` has loaded them strictly; here in bfloat16, as checkpoints are."""
+    upcycler = UPCYCLERS.get(case[0]).build(case[1])
+    blocks = [DenseBlock(spec) for _ in range(upcycler.num_parents(NUM_EXPERTS))]
+    statistics = None if upcycler.needs == "nothing" else measure(upcycler, blocks[0], torch.randn(48, HIDDEN))
+    dense = [DenseMlp.read(block.to(torch.bfloat16), spec) for block in blocks]
+    router = make_router(ROUTERS[0], HIDDEN, NUM_EXPERTS)
+    tensors = upcycler(dense if len(dense) > 1 else dense[0], spec, NUM_EXPERTS, torch.Generator(), statistics, router)
+    wanted = StackedExperts(upcycler.expert_spec(spec, NUM_EXPERTS), NUM_EXPERTS).state_dict()
+    width = upcycler.shared_width(spec, NUM_EXPERTS)
+    if width is not None:
+        shared = StackedExperts(spec.with_width(width), 1).state_dict()
+        wanted |= {f"shared.{name}": tensor for name, tensor in shared.items()}
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in wanted.items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
 @pytest.mark.parametrize("case", ROUTER_CASES, ids=case_id)
-def test_layer_equals_dense_block_under_every_normalised_router(name: str, case: tuple[str, dict[str, object]]) -> None:
-    router = make_router(case)
-    if not (router.normalised and UPCYCLERS.get(name).contract is Contract.EXACT_ANY_ROUTER):
-        pytest.skip("not promised for this pair")
-    block, x = DenseBlock(SPECS["gated"]), torch.randn(3, 10, 8)
-    layer = MoELayer(router, upcycled(name, SPECS["gated"], block))
+def test_copies_are_the_dense_block_times_the_sum_of_the_weights(case: Case) -> None:
+    """Under every router; what a side branch or experts without computation add is another matter."""
+    spec, layer = FEW_EXPERTS["gated-bias"], make_layer(case, "gated-bias").eval()
+    block, x = DenseBlock(spec), torch.randn(3, 10, HIDDEN)
+    upcycler = UPCYCLERS.get("copy").build({})
+    promised = upcycler.contract_with(layer.router) is Contract.EXACT_ANY_ROUTER
+    assert promised == layer.router.normalised
+    if type(layer.experts) is not StackedExperts or layer.side is not None:
+        assert set(layer.experts.kinds) != {"ffn"} or layer.side is not None
+        return
+    layer.experts.load_state_dict(upcycler(DenseMlp.read(block, spec), spec, 5, torch.Generator()))
+    with layer.scope.recording() as routings:
+        found = layer(x)
+    total = routings[layer.site].gates_TE().sum(-1).reshape(3, 10, 1)
+    torch.testing.assert_close(found, block(x) * total, rtol=1e-4, atol=1e-5)
+    if promised:
+        torch.testing.assert_close(found, block(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL_ROUTERS.names())
+def test_virtual_groups_keep_their_promise_under_every_router_that_can_be_tied(name: str) -> None:
+    upcycler = UPCYCLERS.get("virtual_group").build({"granularity": 2})
+    router = make_router((name, {}), HIDDEN, NUM_EXPERTS).eval()
+    if not _tied(router):
+        assert name not in ("top_k", "scored", "sigmoid", "cosine", "deepseek_v3")
+        return
+    upcycler.prepare_router(router)
+    contract = upcycler.contract_with(router)
+    if name in ("top_k", "scored", "cosine", "dense"):
+        assert contract is Contract.EXACT_ANY_ROUTER
+    if contract is not Contract.EXACT_ANY_ROUTER:
+        return
+    spec, block, x = SPECS["gated-bias"], DenseBlock(SPECS["gated-bias"]), torch.randn(3, 10, HIDDEN)
+    experts = StackedExperts(upcycler.expert_spec(spec, NUM_EXPERTS), NUM_EXPERTS)
+    dense = DenseMlp.read(block, spec)
+    experts.load_state_dict(upcycler(dense, spec, NUM_EXPERTS, torch.Generator(), None, router))
+    layer = MoELayer(router, experts, scope=FullScope()).eval()
+    layer.side = None  # what a side branch adds is another matter
     torch.testing.assert_close(layer(x), block(x), rtol=0, atol=1e-5)
 
 
-def test_weights_that_sum_to_less_scale_the_output() -> None:
-    block, x = DenseBlock(SPECS["plain"]), torch.randn(20, 8)
-    router = make_router(("top_k", {"k": 2, "convention": "softmax_topk"}))
-    layer = MoELayer(router, upcycled("copy", SPECS["plain"], block))
-    with layer.scope.recording() as routings:
-        found = layer(x)
-    total = routings[0].weight_TK.sum(-1, keepdim=True)
-    torch.testing.assert_close(found, block(x) * total, rtol=1e-4, atol=1e-6)
+def _tied(router: Router) -> bool:
+    try:
+        router.tie_rows(2)
+    except ValueError as error:
+        message = str(error)
+    else:
+        return True
+    assert "tied" in message
+    return False
 
 
-@every_upcycler
-def test_is_repeatable_and_leaves_global_randomness_alone(name: str) -> None:
-    block, state = DenseBlock(SPECS["gated"]), torch.get_rng_state()
-    one, two = (upcycled(name, SPECS["gated"], block, seed=3) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    dense = DenseMlp.read(block, SPECS["gated"])
-    torch.set_rng_state(state)
-    UPCYCLERS.get(name).build({})(dense, SPECS["gated"], NUM_EXPERTS, torch.Generator().manual_seed(0))
+@every_case
+def test_is_repeatable_and_leaves_global_randomness_alone(case: Case) -> None:
+    spec = SPECS["gated"]
+    made = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        made.append(upcycle(case, spec, seed=3).tensors)
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    upcycler = UPCYCLERS.get(case[0]).build(case[1])
+    blocks = [DenseBlock(spec) for _ in range(upcycler.num_parents(NUM_EXPERTS))]
+    dense = [DenseMlp.read(block, spec) for block in blocks]
+    statistics = measure(upcycler, blocks[0], torch.randn(48, HIDDEN))
+    router = make_router(ROUTERS[0], HIDDEN, NUM_EXPERTS)
+    state = torch.get_rng_state()
+    upcycler(dense if len(dense) > 1 else dense[0], spec, NUM_EXPERTS, torch.Generator(), statistics, router)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@every_upcycler
-def test_experts_own_their_memory(name: str) -> None:
-    """Training one expert must move neither another nor the dense block."""
-    block = DenseBlock(SPECS["gated"])
-    tensors = UPCYCLERS.get(name).build({})(
-        DenseMlp.read(block, SPECS["gated"]), SPECS["gated"], NUM_EXPERTS, torch.Generator()
+@pytest.mark.parametrize("name", ["noise", "drop", "partition_random", "from_scratch"])
+def test_the_seed_decides_what_is_drawn(name: str) -> None:
+    dense = DenseMlp.read(DenseBlock(SPECS["gated"]), SPECS["gated"])
+    upcycler = UPCYCLERS.get(name).build({})
+    one, two = (
+        upcycler(dense, SPECS["gated"], NUM_EXPERTS, torch.Generator().manual_seed(seed))["gate_up_proj"]
+        for seed in (0, 1)
     )
-    before = block.down_proj.weight.clone()
-    others = tensors["down_proj"][1:].clone()
-    tensors["down_proj"][0] += 1
-    assert torch.equal(block.down_proj.weight, before)
-    assert torch.equal(tensors["down_proj"][1:], others)
+    assert not torch.equal(one, two)
+
+
+@every_case
+def test_experts_own_their_memory(case: Case) -> None:
+    """Training one expert must move neither another nor the dense block."""
+    made = upcycle(case, SPECS["gated"])
+    before = made.dense.down_proj.weight.clone()
+    others = made.tensors["down_proj"][1:].clone()
+    made.tensors["down_proj"][0] += 1
+    assert torch.equal(made.dense.down_proj.weight, before)
+    assert torch.equal(made.tensors["down_proj"][1:], others)
 
 
 def test_reading_a_dense_block_puts_gate_rows_first() -> None:
@@ -138,25 +218,116 @@ def test_reading_a_dense_block_puts_gate_rows_first() -> None:
     assert not any(t.requires_grad for t in dataclasses.astuple(dense))
 
 
+@every_spec
+def test_dense_weights_compute_what_the_module_computes(spec: MlpSpec) -> None:
+    block, x = DenseBlock(spec), torch.randn(9, HIDDEN)
+    torch.testing.assert_close(DenseMlp.read(block, spec).output(x, spec), block(x), rtol=1e-6, atol=1e-7)
+
+
+def test_reading_something_else_than_a_linear_is_refused() -> None:
+    block = DenseBlock(SPECS["gated"])
+    block.up_proj = torch.nn.Identity()
+    with pytest.raises(ValueError, match="up_proj is a Identity, not a Linear"):
+        DenseMlp.read(block, SPECS["gated"])
+
+
+def test_a_block_with_another_output_width_can_be_upcycled() -> None:
+    """The second block of a projector maps D to O."""
+    spec = dataclasses.replace(SPECS["gated-bias"], out=6)
+    dense = DenseMlp.read(DenseBlock(spec), spec)
+    x = torch.randn(7, HIDDEN)
+    for name in ("copy", "partition_random"):
+        upcycler = UPCYCLERS.get(name).build({})
+        tensors = upcycler(dense, spec, NUM_EXPERTS, torch.Generator())
+        assert tensors["down_proj"].shape[:2] == (NUM_EXPERTS, 6)
+        narrow = upcycler.expert_spec(spec, NUM_EXPERTS)
+        names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+        experts = [DenseMlp(*(tensors[name][e] for name in names)) for e in range(NUM_EXPERTS)]
+        total = torch.stack([expert.output(x, narrow) for expert in experts]).sum(0)
+        expected = dense.output(x, spec) * (NUM_EXPERTS if name == "copy" else 1)
+        torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+        again = stack(experts, narrow)
+        assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
 @every_upcycler
 def test_unknown_option_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no option 'noize'"):
         UPCYCLERS.get(name).build({"noize": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (("noise", {"std": -0.1}), r"std=-0.1 must be at least 0"),
+        (("noise", {"fraction": 1.5}), r"fraction=1.5 must be between 0 and 1"),
+        (("drop", {"ratio": -0.5}), r"ratio=-0.5 must be between 0 and 1"),
+        (("drop", {"indices": "share"}), r"unknown indices 'share'; did you mean 'shared'"),
+        (("from_scratch", {"std": 0.0}), r"std=0.0 must be above 0"),
+        (("virtual_group", {"granularity": 0}), r"granularity=0 must be at least 1"),
+        (("virtual_group", {"scaling": "cube"}), r"unknown scaling 'cube'"),
+        (("virtual_group", {"redraw": 2.0}), r"redraw=2.0 must be between 0 and 1"),
+        (("partition_random", {"output_scale": "n_k"}), r"unknown output_scale 'n_k'"),
+        (("partition_cluster", {"rows": "down"}), r"unknown rows 'down'"),
+        (("partition_cluster", {"metric": "l1"}), r"unknown metric 'l1'"),
+        (("partition_cluster", {"max_iter": 0}), r"max_iter=0 must be at least 1"),
+        (("partition_coactivation", {"clamp": 0.0}), r"clamp=0.0 must be above 0"),
+        (("partition_coactivation", {"sweeps": -1}), r"sweeps=-1 must be at least 0"),
+        (("partition_gradient", {"importance": "grad"}), r"unknown importance 'grad'"),
+        (("sharing_inter", {"num_residual": 0}), r"num_residual=0 must be at least 1"),
+    ],
+    ids=lambda value: case_id(value) if isinstance(value, tuple) else "",
+)
+def test_bad_values_are_refused_at_construction(case: Case, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UPCYCLERS.get(case[0]).build(case[1])
+
+
+def test_calls_that_do_not_fit_are_refused() -> None:
+    spec, generator = SPECS["gated"], torch.Generator()
+    dense = DenseMlp.read(DenseBlock(spec), spec)
+    router = make_router(("top_k", {}), HIDDEN, 4)
+
+    def call(case: Case, num_experts: int = NUM_EXPERTS, **kwargs: object) -> None:
+        UPCYCLERS.get(case[0]).build(case[1])(dense, spec, num_experts, generator, **kwargs)
+
+    with pytest.raises(ValueError, match="num_experts=0 must be at least 1"):
+        call(("copy", {}), 0)
+    with pytest.raises(ValueError, match="8 experts need 8 dense blocks, not 1"):
+        call(("branch_train_mix", {}))
+    with pytest.raises(ValueError, match="needs gradients"):
+        call(("partition_gradient", {}))
+    with pytest.raises(ValueError, match="needs the router"):
+        call(("virtual_group", {}))
+    with pytest.raises(ValueError, match="the router knows 4 experts, not 8"):
+        call(("copy", {}), router=router)
+    with pytest.raises(ValueError, match="40 neurons cannot be divided into 7 equal parts"):
+        call(("partition_random", {}), 7)
+    with pytest.raises(ValueError, match="granularity=8 must divide the number of experts, 4"):
+        call(("virtual_group", {}), 4, router=router)
+    with pytest.raises(ValueError, match="coactivation_FF is needed, but only"):
+        call(("partition_coactivation", {}), statistics=NeuronStatistics(inputs_ND=torch.zeros(1, HIDDEN)))
+    with pytest.raises(ValueError, match=r"importances have the shape \(1, 40\), not \(8, 40\)"):
+        call(("partition_gradient", {}), statistics=NeuronStatistics(importance_CF=torch.zeros(1, 40)))
+    with pytest.raises(ValueError, match=r"first has the shape \(80, 8\), but its spec asks for \(40, 8\)"):
+        UPCYCLERS.get("copy").build({})(dense, SPECS["plain"], 4, generator)
+    plain = DenseMlp.read(DenseBlock(SPECS["plain"]), SPECS["plain"])
+    with pytest.raises(ValueError, match="rows='gate', but the dense block has no gate"):
+        UPCYCLERS.get("partition_cluster").build({"rows": "gate"})(plain, SPECS["plain"], 4, generator)
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_router_learns_nothing_from_the_task_at_an_exact_copy(k: int) -> None:
     """All experts agree there; with unequal experts and k = 2 the same loss does teach it."""
-    block, x = DenseBlock(SPECS["gated"]), torch.randn(40, 8)
-    layer = MoELayer(make_router(("top_k", {"k": k})), upcycled("copy", SPECS["gated"], block))
-    target = torch.randn(40, 8)
+    made = upcycle(("copy", {}), SPECS["gated"], ("top_k", {"k": k}))
+    layer, x, target = made.layer, torch.randn(40, HIDDEN), torch.randn(40, HIDDEN)
     F.mse_loss(layer(x), target).backward()
-    assert float(layer.router.weight.grad.abs().max()) < 1e-7
+    assert float(layer.router.scorer.weight.grad.abs().max()) < 1e-7
     experts_gradient = layer.experts.down_proj.grad
     assert not torch.equal(experts_gradient[0], experts_gradient[1]), "routing alone breaks the symmetry of experts"
     with torch.no_grad():
         layer.experts.down_proj.add_(torch.randn_like(layer.experts.down_proj) * 0.1)
     layer.zero_grad()
     F.mse_loss(layer(x), target).backward()
-    largest = float(layer.router.weight.grad.abs().max())
+    largest = float(layer.router.scorer.weight.grad.abs().max())
     assert (largest > 1e-5) if k == 2 else (largest < 1e-7)
