@@ -5,10 +5,15 @@ Shapes: T tokens, D hidden width, F expert width, E experts, K slots of a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+# Where a layer sits: its part of the model ("decoder", "vision", "projector") and its index there.
+SiteKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class MlpSpec:
         bias: whether every projection has a bias.
         gate_name, up_name, down_name: child names of the dense projections; `gate_name` is None when there is no gate,
             and equals `up_name` when the two are stored as one matrix (gate rows first).
+        out: width of the output where it is not D (the block of a projector); None otherwise.
     """
 
     hidden: int
@@ -33,10 +39,20 @@ class MlpSpec:
     gate_name: str | None
     up_name: str
     down_name: str
+    out: int | None = None
 
     @property
     def fused_gate(self) -> bool:
         return self.gated and self.gate_name == self.up_name
+
+    @property
+    def output(self) -> int:
+        """Width of what the block returns."""
+        return self.hidden if self.out is None else self.out
+
+    def with_width(self, intermediate: int) -> MlpSpec:
+        """The same block with another expert width."""
+        return dataclasses.replace(self, intermediate=intermediate)
 
 
 @dataclass(frozen=True)
@@ -50,17 +66,24 @@ class Routing:
         logits_TE: float32 scores before any noise.
         probs_TE: float32 scores after the router's normalisation.
         index_TK: int64 expert of each slot, E for an empty slot.
-        weight_TK: combine weight of each slot, 0 for an empty slot.
+        weight_TK: combine weight of each slot, 0 for an empty slot; negative where a method subtracts an expert.
+        extras: what single losses need besides, by name; a router declares the names in `Router.extras`. A name ends
+            in its shape: a tensor whose shape begins with T is per token.
     """
 
     logits_TE: Tensor
     probs_TE: Tensor
     index_TK: Tensor
     weight_TK: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
         return self.logits_TE.shape[-1]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.logits_TE.shape[0]
 
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
         """Number of slots each expert received, float32 of shape (E,); tokens outside `mask_T` do not count."""
@@ -73,8 +96,30 @@ class Routing:
         bins.scatter_add_(0, self.index_TK.reshape(-1), filled_TK.reshape(-1))
         return bins[:num_experts]
 
+    def gates_TE(self) -> Tensor:
+        """The combine weights spread over the experts, (T, E); 0 for experts that a token does not use."""
+        spread = torch.zeros(self.num_tokens, self.num_experts + 1, device=self.weight_TK.device)
+        spread = spread.scatter_add(1, self.index_TK, self.weight_TK.float())
+        return spread[:, : self.num_experts]
+
+    def extra(self, name: str) -> Tensor:
+        """One of the extras.
+
+        Raises:
+            ValueError: the router does not provide it.
+        """
+        if name not in self.extras:
+            raise ValueError(f"this router does not provide {name!r}; it provides {sorted(self.extras) or 'no extras'}")
+        return self.extras[name]
+
     def detach(self) -> Routing:
-        return Routing(*(t.detach() for t in (self.logits_TE, self.probs_TE, self.index_TK, self.weight_TK)))
+        return Routing(
+            self.logits_TE.detach(),
+            self.probs_TE.detach(),
+            self.index_TK.detach(),
+            self.weight_TK.detach(),
+            {name: value.detach() for name, value in self.extras.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -83,10 +128,14 @@ class RoutingContext:
 
     Attributes:
         token_mask_T: bool, False for padding.
+        sequence_T: int64, the row of the batch that each token belongs to.
         modality_T: int64, 0 text and 1 image, or None when the caller gave embeddings and no ids.
         token_ids_T: int64 vocabulary ids, or None likewise.
-        sequence_T: int64, the row of the batch that each token belongs to.
-        layer: index of the decoder layer.
+        layer: index of the layer in its part.
+        part: "decoder", "vision" or "projector".
+        previous: routing of the MoE layer before this one in the same forward, None for the first.
+        run_experts: maps (T, D) to the outputs (T, E, D) of all experts; set by the layer for the routers that ask for
+            it (`Router.needs_experts`), None otherwise.
     """
 
     token_mask_T: Tensor
@@ -94,6 +143,13 @@ class RoutingContext:
     modality_T: Tensor | None = None
     token_ids_T: Tensor | None = None
     layer: int = 0
+    part: str = "decoder"
+    previous: Routing | None = None
+    run_experts: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def site(self) -> SiteKey:
+        return (self.part, self.layer)
 
     @staticmethod
     def trivial(num_tokens: int, device: torch.device | str = "cpu") -> RoutingContext:

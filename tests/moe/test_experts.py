@@ -24,21 +24,25 @@ def test_the_registry_holds_the_known_kinds() -> None:
 @every_spec
 def test_contract(kind: str, spec: MlpSpec) -> None:
     """Shape, dtype, a gradient for every parameter, a state dict that travels, repeatable initial values."""
-    experts = EXPERTS.get(kind)(spec, NUM_EXPERTS)
+    experts = EXPERTS.get(kind).build(spec, NUM_EXPERTS, {})
     generator = torch.Generator().manual_seed(1)
     experts.reset_parameters(generator)
     x = torch.randn(40, spec.hidden, requires_grad=True)
-    index, weight = random_slots(40, 3)
+    index, weight = random_slots(40, 3, experts.num_experts)
     y = experts(x, index, weight)
     assert y.shape == x.shape
     assert y.dtype == x.dtype
     y.square().sum().backward()
     for name, parameter in [*experts.named_parameters(), ("x", x)]:
+        if name.startswith("base_"):
+            assert not parameter.requires_grad, name
+            continue
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
-        if not name.endswith("_bias"):  # a zero bias behind relu2 may have none
+        # a zero bias behind relu2 may have none, and A of a LoRA whose B is zero has none
+        if not name.endswith(("_bias", "_a")):
             assert parameter.grad.abs().sum() > 0, name
-    other = EXPERTS.get(kind)(spec, NUM_EXPERTS)
+    other = EXPERTS.get(kind).build(spec, NUM_EXPERTS, {})
     other.load_state_dict(experts.state_dict())
     assert torch.equal(other(x, index, weight), y)
     other.reset_parameters(torch.Generator().manual_seed(1))
@@ -47,7 +51,7 @@ def test_contract(kind: str, spec: MlpSpec) -> None:
 
 @every_kind
 def test_tokens_do_not_see_each_other(kind: str) -> None:
-    experts, x = EXPERTS.get(kind)(SPECS["gated"], NUM_EXPERTS), torch.randn(12, 8)
+    experts, x = EXPERTS.get(kind).build(SPECS["gated"], NUM_EXPERTS, {}), torch.randn(12, 8)
     index, weight = random_slots(12, 2)
     together = experts(x, index, weight)
     for t in (0, 5):
@@ -99,7 +103,7 @@ def test_unknown_activation_and_kernel_are_refused() -> None:
     with pytest.raises(ValueError, match="activation 'silo'; did you mean 'silu'"):
         StackedExperts(spec, 2)
     with pytest.raises(ValueError, match="experts kernel 'lop'; did you mean 'loop'"):
-        StackedExperts(SPECS["gated"], 2, kernel="lop")
+        StackedExperts.build(SPECS["gated"], 2, {"kernel": "lop"})
 
 
 @every_spec

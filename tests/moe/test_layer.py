@@ -25,6 +25,10 @@ class MaskReader(Router):
         self.weight = nn.Parameter(torch.randn(2, NUM_EXPERTS, 8))
         self.calls = 0
 
+    @property
+    def active_experts(self) -> float:
+        return 2
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         nn.init.normal_(self.weight, generator=generator)
 
@@ -43,8 +47,9 @@ def test_shape_is_kept_and_batch_is_only_a_list_of_tokens(case: tuple[str, dict[
     layer, x = make_layer(case, kernel=kernel).eval(), torch.randn(3, 5, 8)
     y = layer(x)
     assert y.shape == x.shape
-    torch.testing.assert_close(layer(x.reshape(15, 8)).reshape(3, 5, 8), y)
     torch.testing.assert_close(layer(x[1:2]), y[1:2], rtol=1e-5, atol=1e-6)  # batch of one
+    if layer.router.token_choice:
+        torch.testing.assert_close(layer(x.reshape(15, 8)).reshape(3, 5, 8), y)
 
 
 @every_router
@@ -60,7 +65,7 @@ def test_padding_content_does_not_reach_real_tokens(case: tuple[str, dict[str, A
 
 @every_router
 def test_bfloat16_and_autocast(case: tuple[str, dict[str, Any]]) -> None:
-    layer, x = make_layer(case), torch.randn(2, 9, 8)
+    layer, x = make_layer(case).eval(), torch.randn(2, 9, 8)
     expected = layer(x).detach()
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(x)
@@ -74,7 +79,7 @@ def test_bfloat16_and_autocast(case: tuple[str, dict[str, Any]]) -> None:
 
 def test_state_dict_holds_router_and_experts_only() -> None:
     layer = make_layer()
-    assert set(layer.state_dict()) == {"router.weight", "experts.gate_up_proj", "experts.down_proj"}
+    assert set(layer.state_dict()) == {"router.scorer.weight", "experts.gate_up_proj", "experts.down_proj"}
     other = make_layer()
     other.load_state_dict(layer.state_dict())
     x = torch.randn(4, 8)
@@ -89,13 +94,13 @@ def test_recording_is_on_only_inside_the_block() -> None:
     with scope.recording() as routings:
         for layer in layers:
             layer(x)
-    assert sorted(routings) == [3, 7]
+    assert sorted(routings) == [("decoder", 3), ("decoder", 7)]
     kept = dict(routings)
     layers[0](x)
     assert routings == kept
-    assert routings[3].index_TK.shape == (4, 2)
-    assert not routings[3].detach().weight_TK.requires_grad
-    assert routings[3].weight_TK.requires_grad
+    assert routings["decoder", 3].index_TK.shape == (4, 2)
+    assert not routings["decoder", 3].detach().weight_TK.requires_grad
+    assert routings["decoder", 3].weight_TK.requires_grad
 
 
 def test_nothing_is_kept_outside_a_recording() -> None:
@@ -118,10 +123,10 @@ def test_recordings_nest_and_survive_an_error() -> None:
     with layer.scope.recording() as outer:
         with pytest.raises(RuntimeError, match="stop"):
             interrupted()
-        assert sorted(inner) == [0]
+        assert sorted(inner) == [("decoder", 0)]
         assert not outer
         layer(x)
-    assert sorted(outer) == [0]
+    assert sorted(outer) == [("decoder", 0)]
 
 
 def test_context_reaches_the_router_with_the_layer_index() -> None:
@@ -164,7 +169,7 @@ def gradients(use_checkpoint: bool) -> tuple[dict[str, Tensor], dict[int, Routin
             y = y + (checkpoint(layer, y, use_reentrant=False) if use_checkpoint else layer(y))
     kept = dict(routings)
     total = y.square().mean() + sum(
-        loss(routing, context) for name in BALANCE_LOSSES.names() for loss in [BALANCE_LOSSES.get(name)]
+        loss(routing, context) for loss in (BALANCE_LOSSES.get(name).build({}) for name in ("switch", "z"))
         for routing in routings.values()
     )  # fmt: skip
     total.backward()
@@ -176,7 +181,7 @@ def test_checkpointing_gives_the_same_gradients_and_records_once() -> None:
     plain, _, calls = gradients(use_checkpoint=False)
     recomputed, routings, more_calls = gradients(use_checkpoint=True)
     assert (calls, more_calls) == (2, 4), "the checkpointed forward did run twice"
-    assert sorted(routings) == [0, 1]
+    assert sorted(routings) == [("decoder", 0), ("decoder", 1)]
     assert plain.keys() == recomputed.keys()
     for name in plain:
         assert plain[name].abs().sum() > 0

@@ -6,6 +6,8 @@ every kernel can read them in place.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -21,30 +23,43 @@ class StackedExperts(Experts):
 
     Parameters on the module, in the layout of transformers' own fused experts:
         gate_up_proj (E, 2F, D), gate rows first; up_proj (E, F, D) in its place where the spec has no gate
-        down_proj (E, D, F)
+        down_proj (E, D, F), or (E, O, F) where the spec has another output width
         gate_up_bias (E, 2F) or up_bias (E, F), and down_bias (E, D), where the spec has biases
 
     Raises:
         ValueError: the activation or the kernel is unknown.
     """
 
-    def __init__(self, spec: MlpSpec, num_experts: int, kernel: str = "grouped") -> None:
-        super().__init__(spec, num_experts)
+    @dataclasses.dataclass(frozen=True)
+    class Config(Experts.Config):
+        """Options.
+
+        Attributes:
+            kernel: a name of `llava_moe.moe.KERNELS`; all compute the same.
+        """
+
+        kernel: str = "grouped"
+
+    config: StackedExperts.Config
+
+    def __init__(self, spec: MlpSpec, num_experts: int, config: StackedExperts.Config | None = None) -> None:
+        config = StackedExperts.Config() if config is None else config
+        super().__init__(spec, num_experts, config)
         if spec.activation not in ACTIVATIONS:
             hint = near_misses(spec.activation, list(ACTIVATIONS))
             raise ValueError(f"experts cannot use the activation {spec.activation!r}; {hint}")
-        self.kernel_name = kernel
-        self.kernel = KERNELS.get(kernel)
-        E, D, F = num_experts, spec.hidden, spec.intermediate
+        self.kernel_name = config.kernel
+        self.kernel = KERNELS.get(config.kernel)
+        E, D, F, out = num_experts, spec.hidden, spec.intermediate, spec.output
         first = "gate_up" if spec.gated else "up"
         width = 2 * F if spec.gated else F
         self._first = first
         self.register_parameter(f"{first}_proj", nn.Parameter(torch.empty(E, width, D)))
-        self.down_proj = nn.Parameter(torch.empty(E, D, F))
+        self.down_proj = nn.Parameter(torch.empty(E, out, F))
         self.down_bias: nn.Parameter | None
         if spec.bias:
             self.register_parameter(f"{first}_bias", nn.Parameter(torch.empty(E, width)))
-            self.down_bias = nn.Parameter(torch.empty(E, D))
+            self.down_bias = nn.Parameter(torch.empty(E, out))
         else:
             self.register_parameter(f"{first}_bias", None)
             self.down_bias = None

@@ -14,7 +14,7 @@ class ExpertWeights:
 
     Attributes:
         first_EFD: (E, 2F, D) with the gate rows first when gated, else (E, F, D).
-        down_EDF: (E, D, F).
+        down_EDF: (E, D, F); (E, O, F) where the output has another width O than the input.
         first_bias_EF, down_bias_ED: matching biases, or None.
     """
 

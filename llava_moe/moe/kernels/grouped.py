@@ -1,55 +1,99 @@
-"""The default: sort the slots by expert, then one grouped matrix product per projection.
+"""The default kernel: one autograd function around sorted slots, which keeps little for the backward.
 
-Shapes: T tokens, D hidden, F expert width, E experts, K slots, S = T x K sorted slots.
+    forward    sort the slots by expert, h = W_first x + b, y = sum over a token's slots of W_down (w act(h))
+    backward   computes act(h) again; keeps only x (T, D), h (S, H) and indices: neither the gathered input nor the
+               activation nor the output of the experts, as autograd would (the idea of SonicMoE, arXiv 2512.14080)
+
+The matrix products are done by one of two bodies with the same result:
+    whole.py    one `grouped_mm` for each product over all slots; no host synchronisation where torch has a fused kernel
+                (CUDA, bfloat16, compute capability 9.0); elsewhere on CUDA torch's own fallback reads the offsets.
+    blocks.py   one expert after another, its rows in the cache; any dtype and width. The host knows the counts: on a
+                CPU it does anyway.
+Shapes: T tokens, D hidden, F expert width, H = 2F when gated else F, O output width, E experts, K slots, S = T x K.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from llava_moe.moe.kernels import blocks, whole
 from llava_moe.moe.kernels.base import ExpertWeights
+from llava_moe.moe.kernels.pointwise import Pointwise
+from llava_moe.moe.kernels.problem import Problem, Wanted
+from llava_moe.moe.kernels.slots import Slots, sort_slots
 
-_ALIGNMENT_BYTES = 16  # what grouped_mm asks of every row
+BODIES = {"whole": whole, "blocks": blocks}
 
 
 def grouped(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Same result as `loop` for any routing, without a host synchronisation on the fast path.
+    """Same result as `loop` for any routing; the body is chosen by device, dtype and widths.
 
-    Empty slots are computed with the last expert and weighted by zero: that keeps every row defined (grouped_mm leaves
-    rows past its last offset uninitialised) and costs no synchronisation.
+    An empty slot costs no matrix product. The backward computes what requires a gradient and nothing else, adds in
+    a fixed order.
+
+    Raises:
+        RuntimeError: in the backward, under `create_graph=True`; `loop` can be differentiated again.
     """
-    num_experts = weights.first_EFD.shape[0]
-    num_tokens, num_slots = index_TK.shape
-    empty_TK = index_TK >= num_experts
-    weight_TK = weight_TK.masked_fill(empty_TK, 0.0)
-    expert_S, order_S = index_TK.clamp(max=num_experts - 1).reshape(-1).sort(stable=True)
-    token_S = order_S // num_slots
-    counts_E = torch.zeros(num_experts, dtype=torch.int32, device=x_TD.device)
-    counts_E.scatter_add_(0, expert_S, torch.ones_like(expert_S, dtype=torch.int32))
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
-
-    hidden_SF = weights.activate(_project(x_TD[token_S], weights.first_EFD, weights.first_bias_EF, expert_S, ends_E))
-    out_SD = _project(hidden_SF, weights.down_EDF, weights.down_bias_ED, expert_S, ends_E)
-    # Back to slot order by a gather with the inverse permutation, then a sum over slots: no atomics, deterministic.
-    inverse_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(order_S.numel(), device=order_S.device))
-    out_TKD = out_SD[inverse_S].reshape(num_tokens, num_slots, out_SD.shape[-1])
-    return (out_TKD * weight_TK.unsqueeze(-1).to(out_TKD.dtype)).sum(dim=1)
+    return run_sorted(x_TD, index_TK, weight_TK, weights, choose_body(x_TD, weights))
 
 
-def _project(x_SI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, expert_S: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows sorted by expert, (S, I) to (S, O)."""
-    if _supported(x_SI, weight_EOI):
-        y_SO = torch.nn.functional.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
-    else:
-        # float64 (gradient checks) and odd widths: the same sorted rows, one matrix product per expert.
-        chunks = x_SI.tensor_split(ends_E[:-1].cpu().to(torch.int64))
-        pairs = zip(chunks, weight_EOI.unbind(0), strict=True)
-        y_SO = torch.cat([rows @ weight_OI.t() for rows, weight_OI in pairs])
-    return y_SO if bias_EO is None else y_SO + bias_EO[expert_S]
+def choose_body(x_TD: Tensor, weights: ExpertWeights) -> str:
+    """A key of `BODIES`. On a CPU the blocks are faster for any number of experts (docs/lab_log.md)."""
+    if x_TD.device.type == "cpu" or x_TD.shape[0] == 0:
+        return "blocks"
+    return "whole" if whole.supported(x_TD.dtype, weights.first_EFD, weights.down_EDF) else "blocks"
 
 
-def _supported(x_SI: Tensor, weight_EOI: Tensor) -> bool:
-    size = x_SI.element_size()
-    aligned = all(width * size % _ALIGNMENT_BYTES == 0 for width in weight_EOI.shape[1:])
-    return aligned and x_SI.dtype in (torch.float32, torch.bfloat16, torch.float16)
+def run_sorted(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, weights: ExpertWeights, body: str) -> Tensor:
+    """`grouped` with a body of one's choice."""
+    tensors = (x_TD, weight_TK, weights.first_EFD, weights.first_bias_EF, weights.down_EDF)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    pointwise = Pointwise(weights.activation, weights.gated)
+    # The dtype is decided by the caller; autocast would change it for some of the products.
+    with torch.autocast(x_TD.device.type, enabled=False):
+        y_TO = _SortedExperts.apply(*tensors, index_TK, pointwise, body, keep)
+        if weights.down_bias_ED is not None:
+            # sum over slots of w b: a product with the weights spread over the experts needs no sorting.
+            num_tokens, num_experts = index_TK.shape[0], weights.down_bias_ED.shape[0]
+            spread = weight_TK.new_zeros(num_tokens, num_experts + 1).scatter_add(1, index_TK, weight_TK)
+            y_TO = y_TO + spread[:, :num_experts].to(y_TO.dtype) @ weights.down_bias_ED
+    return y_TO
+
+
+class _SortedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        first_EHD: Tensor,
+        bias_EH: Tensor | None,
+        down_EOF: Tensor,
+        index_TK: Tensor,
+        pointwise: Pointwise,
+        body: str,
+        keep: bool,
+    ) -> Tensor:
+        slots = sort_slots(index_TK, first_EHD.shape[0])
+        weight_S = weight_TK.reshape(-1)[slots.slot_S].to(x_TD.dtype)
+        problem = Problem(x_TD, weight_S, first_EHD, bias_EH, down_EOF, slots, pointwise)
+        y_TO, hidden_SH = BODIES[body].forward(problem, keep)
+        if keep:
+            ctx.save_for_backward(x_TD, weight_S, first_EHD, bias_EH, down_EOF, *slots, hidden_SH)
+            ctx.pointwise, ctx.body, ctx.weight_dtype = pointwise, body, weight_TK.dtype
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # so it is under create_graph=True; the result would be taken for a constant
+            raise RuntimeError("the experts kernel 'grouped' has no second derivative; use the kernel 'loop'")
+        x_TD, weight_S, first_EHD, bias_EH, down_EOF, *indices, hidden_SH = ctx.saved_tensors
+        problem = Problem(x_TD, weight_S, first_EHD, bias_EH, down_EOF, Slots(*indices), ctx.pointwise)
+        wanted = Wanted(*ctx.needs_input_grad[:5])
+        with torch.autocast(x_TD.device.type, enabled=False):
+            grads = BODIES[ctx.body].backward(problem, hidden_SH, grad_TO.contiguous(), wanted)
+        grad_w_TK = None if grads.weight_TK is None else grads.weight_TK.to(ctx.weight_dtype)
+        return grads.x_TD, grad_w_TK, grads.first_EHD, grads.bias_EH, grads.down_EOF, None, None, None, None

@@ -21,7 +21,7 @@ def loop(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, weights: ExpertWeigh
     down = weights.down_EDF.unbind(0)
     first_bias = [None] * num_experts if weights.first_bias_EF is None else weights.first_bias_EF.unbind(0)
     down_bias = [None] * num_experts if weights.down_bias_ED is None else weights.down_bias_ED.unbind(0)
-    y_TD = torch.zeros_like(x_TD)
+    y_TD = x_TD.new_zeros(x_TD.shape[0], weights.down_EDF.shape[1])
     for e in range(num_experts):
         token_S, slot_S = torch.where(index_TK == e)
         hidden_SF = weights.activate(linear(x_TD[token_S], first[e], first_bias[e]))
