@@ -32,17 +32,52 @@ _OWN_PARSER = {
 }
 
 
+# Checkpoint in, checkpoint out: (summary, section of the recipe, an override as example, where the result goes).
+_MAKERS = {
+    "upcycle": (
+        "make an MoE checkpoint from a dense one, as a recipe's `upcycle` section says",
+        "upcycle",
+        "upcycle.decoder.num_experts=8",
+        "<output_dir>/upcycled",
+    ),
+    "grow": (
+        "make a larger dense checkpoint from a small one, as a recipe's `grow` section says",
+        "grow",
+        "grow.target.hidden_size=4096",
+        "<output_dir>/grown",
+    ),
+}
+_MAKERS_TEXT = """\
+%(prog)s reads a checkpoint and writes another, tensor by tensor: it needs the memory of about one layer, and no GPU.
+The result is compared with its parent on real text before it appears; where the method promises to keep the function,
+it must. What was done and measured is written beside the weights, as {name}.json.
+"""
+
+
+def making_parser(name: str) -> argparse.ArgumentParser:
+    """The arguments of `llava-moe upcycle` or `llava-moe grow`; to be used with `parse_intermixed_args`."""
+    summary, section, example, result = _MAKERS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"llava-moe {name}",
+        usage="%(prog)s [--from CHECKPOINT] [--to DIRECTORY] recipe [key=value ...]",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=_MAKERS_TEXT.replace("{name}", name),
+    )
+    parser.add_argument("recipe", help="a YAML file; other sections than its own are read and not used")
+    parser.add_argument("overrides", nargs="*", help=f"dotted overrides, e.g. {example}")
+    parser.add_argument("--from", dest="parent", metavar="CHECKPOINT", help=f"in the place of {section}.parent")
+    parser.add_argument("--to", metavar="DIRECTORY", help=f"where the result goes, in the place of {result}")
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llava-moe", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, summary in (
-        ("train", "run one stage from a recipe (one process; scripts/train/*.sh start several)"),
-        ("upcycle", "make an MoE checkpoint from a dense one, as a recipe's `upcycle` section says"),
-    ):
-        command = commands.add_parser(name, help=summary)
-        command.add_argument("recipe", help="a YAML file under scripts/recipes/")
-        command.add_argument("overrides", nargs="*", help="dotted overrides, e.g. train.max_steps=10")
-    for name, (summary, _) in _OWN_PARSER.items():
+    summary = "run one stage from a recipe (one process; scripts/train/*.sh start several)"
+    train = commands.add_parser("train", help=summary)
+    train.add_argument("recipe", help="a YAML file under scripts/recipes/")
+    train.add_argument("overrides", nargs="*", help="dotted overrides, e.g. train.max_steps=10")
+    for name, (summary, *_) in (_MAKERS | _OWN_PARSER).items():
         commands.add_parser(name, help=summary)
     commands.add_parser("doctor", help="what is installed, and what is missing for which feature")
     return parser
@@ -58,15 +93,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             module.add_arguments(parser)
             module.main(parser.parse_args(argv[1:]))
             return
+        if argv and argv[0] in _MAKERS:
+            found = making_parser(argv[0]).parse_intermixed_args(argv[1:])
+            program = importlib.import_module(f"llava_moe.{argv[0]}")
+            program.run(found.recipe, found.overrides, found.parent, found.to)
+            return
         arguments = _parser().parse_args(argv)
         if arguments.command == "train":
             from llava_moe.train import run as run_train
 
             run_train(arguments.recipe, arguments.overrides)
-        elif arguments.command == "upcycle":
-            from llava_moe.upcycle import run as run_upcycle
-
-            run_upcycle(arguments.recipe, arguments.overrides)
         elif arguments.command == "doctor":
             from llava_moe.doctor import main as doctor
 

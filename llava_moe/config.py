@@ -7,6 +7,7 @@ values it then overrides. An unknown key is an error that suggests the nearest k
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,9 +73,45 @@ class DataSection:
 
 @dataclass
 class BalanceSection:
-    """Coefficients of the balance losses by name; the mean over layers is multiplied by them."""
+    """What keeps the experts in use: balance losses, and controllers that act after every step."""
 
-    losses: dict[str, float] = field(default_factory=dict)
+    # name: coefficient, or name: {coefficient: 0.01, option: value}; null leaves out what the base recipe names.
+    # The mean over layers is multiplied by the coefficient.
+    losses: dict[str, Any] = field(default_factory=dict)
+    # name: {option: value}; null likewise
+    controllers: dict[str, Any] = field(default_factory=dict)
+
+    def weighted_losses(self) -> dict[str, tuple[float, dict[str, Any]]]:
+        """Coefficient and options of each loss.
+
+        Raises:
+            RecipeError: an entry has another form, or its coefficient is no number of at least 0.
+        """
+        return {n: _weighted(f"balance.losses.{n}", v) for n, v in self.losses.items() if v is not None}
+
+    def controller_options(self) -> dict[str, dict[str, Any]]:
+        """Options of each controller.
+
+        Raises:
+            RecipeError: an entry is no mapping.
+        """
+        for name, value in self.controllers.items():
+            if value is not None and not isinstance(value, dict):
+                raise RecipeError(f"balance.controllers.{name}={value!r} must be a mapping of options; {{}} for none")
+        return {name: dict(value) for name, value in self.controllers.items() if value is not None}
+
+
+def _weighted(where: str, value: Any) -> tuple[float, dict[str, Any]]:
+    options = dict(value) if isinstance(value, dict) else {"coefficient": value}
+    if "coefficient" not in options:
+        raise RecipeError(
+            f"{where} needs a coefficient: write a number, or {{coefficient: 0.01, ...}} with its options"
+        )
+    coefficient = options.pop("coefficient")
+    number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
+    if not number or not 0 <= coefficient < math.inf:
+        raise RecipeError(f"{where}: coefficient={coefficient!r} must be a number of at least 0")
+    return float(coefficient), options
 
 
 @dataclass
@@ -86,16 +123,53 @@ class NamedSection:
 
 
 @dataclass
+class PartSection:
+    """What the dense blocks of one part of the model (decoder, vision tower, projector) become."""
+
+    layers: Any = "alternate"  # all, alternate (0, 2, 4, ...), every_N, first_half, second_half, or a list of indices
+    num_experts: Any = 4  # one number, or a list with one for each layer
+    router: NamedSection = field(default_factory=lambda: NamedSection("top_k"))
+    experts: NamedSection = field(default_factory=lambda: NamedSection("stacked"))
+    upcycler: NamedSection = field(default_factory=lambda: NamedSection("copy"))
+    shared: dict[str, Any] | None = None  # options of the experts that see every token; null for none
+    capacity: dict[str, Any] | None = None  # options of the bound on an expert's tokens; null is dropless
+    allow_noncausal: bool = False  # admits a router that looks at later tokens into the decoder
+
+
+@dataclass
+class CalibrationSection:
+    """Real samples for the upcyclers that look at activations, and for the measured error against the parent."""
+
+    path: str = MISSING  # a LLaVA JSON file
+    image_folder: str = MISSING
+    num_samples: int = 32
+
+
+@dataclass
 class UpcycleSection:
-    """How a dense checkpoint becomes an MoE one."""
+    """How a dense checkpoint becomes an MoE one; a part that is not named stays dense."""
 
     parent: str = MISSING
-    layers: Any = "alternate"  # all, alternate (0, 2, 4, ...), first_half, second_half, or a list of indices
-    num_experts: int = 4
-    router: NamedSection = field(default_factory=lambda: NamedSection("top_k"))
-    upcycler: NamedSection = field(default_factory=lambda: NamedSection("copy"))
-    kernel: str = "grouped"
     seed: int = 0
+    decoder: PartSection | None = None
+    vision: PartSection | None = None
+    projector: PartSection | None = None
+    calibration: CalibrationSection | None = None  # null measures on a built-in text and picture
+
+    def parts(self) -> dict[str, PartSection]:
+        """The parts that get experts, by name."""
+        named = {"decoder": self.decoder, "vision": self.vision, "projector": self.projector}
+        return {name: part for name, part in named.items() if part is not None}
+
+
+@dataclass
+class GrowSection:
+    """How a small dense checkpoint becomes a larger dense one (llava-moe grow)."""
+
+    parent: str = MISSING  # a LLaVA checkpoint, whose decoder grows, or that of a causal language model
+    target: dict[str, Any] = field(default_factory=dict)  # sizes by their keys in the config: hidden_size: 4096, ...
+    width: NamedSection | None = None  # a grower for all sizes but the number of layers
+    depth: NamedSection | None = None  # a grower for num_hidden_layers; null leaves that to the one for the width
 
 
 @dataclass
@@ -109,6 +183,7 @@ class RunConfig:
     data: DataSection = field(default_factory=DataSection)
     balance: BalanceSection = field(default_factory=BalanceSection)
     upcycle: UpcycleSection | None = None
+    grow: GrowSection | None = None
     deepspeed: str | None = None  # a DeepSpeed JSON; null trains with plain DDP
     train: dict[str, Any] = field(default_factory=dict)
 
@@ -197,7 +272,17 @@ def _check_keys(raw: Any, schema: Any, source: str, prefix: str) -> None:
 
 _SECTIONS: dict[str, type] = {
     section.__name__: section
-    for section in (ModelSection, StageSection, DataSection, BalanceSection, NamedSection, UpcycleSection)
+    for section in (
+        ModelSection,
+        StageSection,
+        DataSection,
+        BalanceSection,
+        NamedSection,
+        PartSection,
+        CalibrationSection,
+        UpcycleSection,
+        GrowSection,
+    )
 }
 
 
@@ -208,6 +293,8 @@ def _to_object(merged: DictConfig, path: Path) -> RunConfig:
         key = getattr(error, "full_key", None)
         raise RecipeError(f"{path}: {key or 'value'} must be set: {_first_line(error)}") from error
     assert isinstance(config, RunConfig)
+    config.balance.weighted_losses()
+    config.balance.controller_options()
     return config
 
 

@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from llava_moe.config import RecipeError, load_recipe
+from llava_moe.calibration import calibration_batches
+from llava_moe.config import RecipeError, UpcycleSection, load_recipe
 from llava_moe.model.assemble import check_checkpoint, fingerprint
 from llava_moe.model.upcycling import PROVENANCE, upcycle
 
@@ -18,36 +21,52 @@ def upcycled_path(output_dir: str) -> Path:
     return Path(output_dir) / "upcycled"
 
 
-def run(recipe: str, overrides: Sequence[str] = ()) -> Path:
-    """Writes `<output_dir>/upcycled`, unless it is there already from the same section."""
-    config = load_recipe(recipe, overrides)
+def run(recipe: str, overrides: Sequence[str] = (), parent: str | None = None, to: str | None = None) -> Path:
+    """Writes `to`, or `<output_dir>/upcycled`, unless it is there already from the same section and parent."""
+    given = ["stage.name=upcycle", "grow=null"]  # what else is in the recipe need not be complete
+    given += [f"upcycle.parent={json.dumps(parent)}"] if parent is not None else []
+    given += [f"output_dir={json.dumps(to)}"] if to is not None else []
+    config = load_recipe(recipe, [*overrides, *given])
     if config.upcycle is None:
         raise RecipeError(f"{recipe}: has no section `upcycle`")
-    check_checkpoint(config.upcycle.parent)
-    out = upcycled_path(config.output_dir)
+    section = config.upcycle
+    check_checkpoint(section.parent)
+    out = upcycled_path(config.output_dir) if to is None else Path(to)
     provenance = out / PROVENANCE
     if provenance.is_file():
         known = json.loads(provenance.read_text())
-        same_parent = known.get("parent_fingerprint") == fingerprint(config.upcycle.parent)
-        if same_parent and known["section"] == asdict(config.upcycle):
+        if known.get("parent_fingerprint") == fingerprint(section.parent) and known["section"] == asdict(section):
             print(f"upcycle: {out} is there already")
             return out
-    facts = upcycle(config.upcycle, out)
+    samples = None
+    if section.calibration is not None:
+        samples = partial(calibration_batches, section.calibration, section.parent)
+    facts = upcycle(section, out, samples)
     dense, moe = facts["parameters"]["dense"], facts["parameters"]["moe"]
     print(
-        f"upcycle: {config.upcycle.parent} -> {out}\n"
-        f"  layers {facts['layers']}, {config.upcycle.num_experts} experts, {config.upcycle.upcycler.name}\n"
+        f"upcycle: {section.parent} -> {out}\n"
+        f"{_parts(section, facts)}"
         f"  parameters: dense {dense['total']:,}; MoE {moe['total']:,} total, {moe['active']:,} active\n"
         f"  largest logit difference to the dense parent: {facts['max_abs_logit_error']:.2e} "
-        f"(logits up to {facts['max_abs_logit']:.1f}, float32)"
+        f"(logits up to {facts['max_abs_logit']:.1f}, float32); "
+        f"{facts['greedy_agreement']:.1%} of {facts['num_tokens']} next tokens are the same"
     )
     return out
 
 
+def _parts(section: UpcycleSection, facts: dict[str, Any]) -> str:
+    lines = []
+    for name, part in section.parts().items():
+        where = f"{name} layers {facts['layers'][name]}" if name != "projector" else name
+        lines.append(f"  {where}: {part.num_experts} experts, router {part.router.name}, {part.upcycler.name}\n")
+    return "".join(lines)
+
+
 if __name__ == "__main__":
-    from llava_moe.cli import exit_on_user_error
+    from llava_moe.cli import exit_on_user_error, making_parser
 
     with exit_on_user_error():
         if len(sys.argv) < 2:
             raise RecipeError("name a recipe: python -m llava_moe.upcycle RECIPE [key=value ...]")
-        run(sys.argv[1], sys.argv[2:])
+        found = making_parser("upcycle").parse_intermixed_args(sys.argv[1:])
+        run(found.recipe, found.overrides, found.parent, found.to)

@@ -20,12 +20,13 @@ from tests.tiny import tiny_siglip_processor, tiny_tokenizer
 
 HIDDEN, INTERMEDIATE, NUM_LAYERS = 32, 48, 4
 IMAGE_TOKENS = 4  # of every tiny tower: a grid of 2 x 2
-TINY_MOE: dict[str, Any] = {
+TINY_PART: dict[str, Any] = {
     "layers": [0, 2],
     "num_experts": 4,
     "router": {"name": "top_k", "args": {"k": 2}},
     "experts": {"name": "stacked", "args": {"kernel": "grouped"}},
 }
+TINY_MOE: dict[str, Any] = {"decoder": TINY_PART}
 # image side, patch side, feature layer, feature selection, tokens beyond the grid
 _TOWERS = {"siglip": (16, 8, -2, "full", 0), "clip": (16, 8, -2, "default", 1), "timm": (64, 32, -1, "full", 0)}
 _TIMM_ARCHITECTURE = "test_efficientnet"
@@ -40,8 +41,8 @@ _FAMILY_ARGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_moe(**changes: Any) -> dict[str, Any]:
-    """`TINY_MOE` with other keys, e.g. `tiny_moe(layers=[1], num_experts=3)`."""
-    return {**TINY_MOE, **changes}
+    """`TINY_MOE` with other keys in the decoder, e.g. `tiny_moe(layers=[1], num_experts=3)`."""
+    return {"decoder": {**TINY_PART, **changes}}
 
 
 def tiny_text_config(text: str = "llama", vocab_size: int | None = None) -> PretrainedConfig:

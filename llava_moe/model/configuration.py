@@ -30,48 +30,118 @@ class NamedArgs:
         return NamedArgs(raw["name"], dict(raw.get("args") or {}))
 
 
+PARTS = ("decoder", "vision", "projector")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoePart:
+    """The experts of one part of the model: the decoder, the vision tower or the projector.
+
+    Attributes:
+        layers: layers whose feed-forward block is replaced, ascending; (0,) for a projector.
+        num_experts: feed-forward experts of each of these layers.
+        router: a name of `llava_moe.moe.ROUTERS` with its options.
+        experts: a name of `llava_moe.moe.EXPERTS` with its options.
+        shared: options of `llava_moe.moe.SharedExperts`, or None.
+        capacity: options of `llava_moe.moe.Capacity`, or None for dropless.
+        expert_width: width of one expert; None takes that of the dense block.
+        allow_noncausal: admits a router that looks at later tokens into the decoder.
+    """
+
+    layers: tuple[int, ...]
+    num_experts: tuple[int, ...]
+    router: NamedArgs = NamedArgs("top_k")
+    experts: NamedArgs = NamedArgs("stacked")
+    shared: dict[str, Any] | None = None
+    capacity: dict[str, Any] | None = None
+    expert_width: int | None = None
+    allow_noncausal: bool = False
+
+    @staticmethod
+    def from_dict(raw: Any, where: str) -> MoePart:
+        """Parses one part of a config.json; `num_experts` may be one number for all layers.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value makes no sense; `where` says which part.
+        """
+        known = [field.name for field in dataclasses.fields(MoePart)]
+        if not isinstance(raw, dict):
+            raise ValueError(f"config.json: {where} must be a mapping; got {raw!r}")
+        for key in raw:
+            if key not in known:
+                raise ValueError(f"config.json: {where} has no key {key!r}; {near_misses(key, known)}")
+        for key in ("layers", "num_experts"):
+            if key not in raw:
+                raise ValueError(f"config.json: {where}.{key} is missing")
+        layers = tuple(int(i) for i in raw["layers"])
+        if not layers or len(set(layers)) != len(layers):
+            raise ValueError(
+                f"config.json: {where}.layers must name at least one layer, each once; got {raw['layers']}"
+            )
+        layers, counts = _sorted_counts(layers, raw["num_experts"], where)
+        named: dict[str, Any] = {
+            key: NamedArgs.from_dict(raw[key], f"{where}.{key}") for key in ("router", "experts") if key in raw
+        }
+        rest: dict[str, Any] = {
+            key: raw[key] for key in ("shared", "capacity", "expert_width", "allow_noncausal") if key in raw
+        }
+        return MoePart(layers=layers, num_experts=counts, **named, **rest)
+
+    def to_dict(self) -> dict[str, Any]:
+        raw = dataclasses.asdict(self)
+        counts = set(self.num_experts)
+        raw["layers"] = list(self.layers)
+        raw["num_experts"] = counts.pop() if len(counts) == 1 else list(self.num_experts)
+        return raw
+
+
+def _sorted_counts(layers: tuple[int, ...], raw: Any, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Layers in ascending order and the number of experts of each."""
+    counts = list(raw) if isinstance(raw, list | tuple) else [raw] * len(layers)
+    if len(counts) != len(layers):
+        raise ValueError(
+            f"config.json: {where}.num_experts names {len(counts)} numbers for {len(layers)} layers; give one number, "
+            "or one for each layer"
+        )
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
+        raise ValueError(f"config.json: {where}.num_experts must be at least 1; got {raw}")
+    pairs = sorted(zip(layers, counts, strict=True))
+    return tuple(layer for layer, _ in pairs), tuple(count for _, count in pairs)
+
+
 @dataclasses.dataclass(frozen=True)
 class MoeSection:
     """Where the experts sit and what they are; travels in config.json so that `from_pretrained` rebuilds the modules.
 
-    Attributes:
-        layers: decoder layers whose feed-forward block is replaced, ascending.
-        num_experts: E.
-        router: a name of `llava_moe.moe.ROUTERS` with its options.
-        experts: a name of `llava_moe.moe.EXPERTS` with its options.
+    At least one part has experts.
     """
 
-    layers: tuple[int, ...]
-    num_experts: int
-    router: NamedArgs = NamedArgs("top_k")
-    experts: NamedArgs = NamedArgs("stacked")
+    decoder: MoePart | None = None
+    vision: MoePart | None = None
+    projector: MoePart | None = None
+
+    def parts(self) -> dict[str, MoePart]:
+        """The parts that have experts, by name."""
+        named = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in named.items() if part is not None}
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> MoeSection:
         """Parses the section of a config.json.
 
         Raises:
-            ValueError: a key is unknown or missing, or a value makes no sense.
+            ValueError: a key is unknown, no part has experts, or a part is refused.
         """
-        known = [field.name for field in dataclasses.fields(MoeSection)]
         for key in raw:
-            if key not in known:
-                raise ValueError(f"config.json: moe has no key {key!r}; {near_misses(key, known)}")
-        for key in ("layers", "num_experts"):
-            if key not in raw:
-                raise ValueError(f"config.json: moe.{key} is missing")
-        layers = tuple(sorted(int(i) for i in raw["layers"]))
-        if not layers or len(set(layers)) != len(layers):
-            raise ValueError(f"config.json: moe.layers must name at least one layer, each once; got {raw['layers']}")
-        if int(raw["num_experts"]) < 1:
-            raise ValueError(f"config.json: moe.num_experts must be at least 1; got {raw['num_experts']}")
-        named = {key: NamedArgs.from_dict(raw[key], f"moe.{key}") for key in ("router", "experts") if key in raw}
-        return MoeSection(layers=layers, num_experts=int(raw["num_experts"]), **named)
+            if key not in PARTS:
+                raise ValueError(f"config.json: moe has no key {key!r}; {near_misses(key, list(PARTS))}")
+        parts = {key: MoePart.from_dict(part, f"moe.{key}") for key, part in raw.items() if part is not None}
+        if not parts:
+            raise ValueError(f"config.json: moe names no part with experts; known: {', '.join(PARTS)}")
+        return MoeSection(**parts)
 
     def to_dict(self) -> dict[str, Any]:
-        raw = dataclasses.asdict(self)
-        raw["layers"] = list(self.layers)
-        return raw
+        return {name: part.to_dict() for name, part in self.parts().items()}
 
 
 @strict

@@ -19,8 +19,8 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from llava_moe.model.configuration import LlavaMoeConfig
 from llava_moe.model.projector import PROJECTORS
-from llava_moe.model.sites import install_moe
-from llava_moe.moe import Experts, Router, Routing, RoutingContext, RoutingScope
+from llava_moe.model.sites import activation_name, install_moe, install_vision_moe, projector_moe
+from llava_moe.moe import Experts, Router, Routing, RoutingContext, RoutingScope, SharedExperts, SiteKey
 
 
 class CheckpointError(ValueError):
@@ -54,9 +54,9 @@ def _some(keys: list[str], limit: int = 4) -> str:
 
 @dataclass
 class LlavaMoeOutput(LlavaCausalLMOutputWithPast):  # type: ignore[misc]  # transformers types it as Any
-    """The stock output plus the routings of this forward, by decoder layer; the loss is cross-entropy alone."""
+    """The stock output plus the routings of this forward, by site; the loss is cross-entropy alone."""
 
-    routings: dict[int, Routing] | None = None
+    routings: dict[SiteKey, Routing] | None = None
 
 
 # What the mixins are mixed into, for the type checker; at run time they have no base of their own.
@@ -68,7 +68,7 @@ class _InitMixin:
     """Lets our modules draw their own initial values; transformers knows nothing of them."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Router | Experts):
+        if isinstance(module, Router | Experts | SharedExperts):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
@@ -82,11 +82,25 @@ class MoeModelMixin(_InitMixin, _InnerBase):
     def __init__(self, config: LlavaMoeConfig) -> None:
         super().__init__(config)
         self.scope = RoutingScope()
-        self.multi_modal_projector = PROJECTORS.get(config.projector)(config)
-        section = config.moe_section
-        if section is not None:
-            install_moe(self.language_model, config.text_config, section, self.scope)
+        self.multi_modal_projector: nn.Module = PROJECTORS.get(config.projector)(config)
+        self._install(config)
         self.post_init()
+
+    def _install(self, config: LlavaMoeConfig) -> None:
+        """Puts the experts of every part in their place."""
+        parts = {} if config.moe_section is None else config.moe_section.parts()
+        if "decoder" in parts:
+            install_moe(
+                self.language_model, "decoder", parts["decoder"], activation_name(config.text_config), self.scope
+            )
+        if "vision" in parts:
+            layer = config.vision_feature_layer
+            install_vision_moe(self.vision_tower, config.vision_config, parts["vision"], layer, self.scope)
+        if "projector" in parts:
+            activation = config.projector_hidden_act
+            self.multi_modal_projector = projector_moe(
+                self.multi_modal_projector, activation, parts["projector"], self.scope
+            )
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         if pixel_values.ndim == 3:  # (B, N, C): features of a frozen tower, read from a cache

@@ -1,151 +1,228 @@
-"""Dense checkpoint in, MoE checkpoint out. Training never does this surgery, so the start point can be scored."""
+"""Dense checkpoint in, MoE checkpoint out. Training never does this surgery, so the start point can be scored.
+
+The result is written tensor by tensor. In memory are, at a time, one MoE layer and the dense block that it comes from;
+and while the result is compared with its parent, one layer in float32 of one of the two, unless they are small.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
 
 from llava_moe.config import UpcycleSection
-from llava_moe.model.assemble import fingerprint, load_model, whole_directory
-from llava_moe.model.configuration import MoeSection, NamedArgs
-from llava_moe.model.modeling import CheckpointError, LlavaMoeForConditionalGeneration
-from llava_moe.model.sites import activation_name, decoder_layers, mlp_spec
-from llava_moe.moe import UPCYCLERS, MoELayer
-from llava_moe.moe.upcycling import Contract, DenseMlp
+from llava_moe.model.assemble import fingerprint, whole_directory
+from llava_moe.model.calibrating import Watched, sample_labels, statistics_of
+from llava_moe.model.measuring import (
+    TOLERANCE,
+    Agreement,
+    Batch,
+    Scratch,
+    builtin_batches,
+    compare,
+    load_tools,
+    logit_error,
+)
+from llava_moe.model.modeling import CheckpointError
+from llava_moe.model.offload import WHOLE_MODEL_BYTES, open_model
+from llava_moe.model.streaming import MAX_SHARD_BYTES, CheckpointWriter, check_space
+from llava_moe.model.upcycling_layer import make_layer
+from llava_moe.model.upcycling_plan import PartPlan, Plan, block_path, make_plan, mean_of, moe_part, select_layers
+from llava_moe.moe import MoELayer
+from llava_moe.moe.upcycling import Copy, NeuronStatistics
+
+__all__ = [
+    "PROVENANCE",
+    "TOLERANCE",
+    "block_path",
+    "count_parameters",
+    "logit_error",
+    "moe_part",
+    "select_layers",
+    "upcycle",
+]
 
 PROVENANCE = "upcycle.json"
-TOLERANCE = 1e-5  # of the logits in float32, as a share of the largest one where that is above 1
+_SCRATCH = "scratch"
+Samples = Callable[[], Sequence[Batch]]
 
 
-def select_layers(choice: Any, num_layers: int) -> list[int]:
-    """Turns all, alternate, first_half, second_half or a list of indices into indices.
-
-    Raises:
-        ValueError: the choice is none of these or names a layer that does not exist.
-    """
-    named = {
-        "all": range(num_layers),
-        "alternate": range(0, num_layers, 2),
-        "first_half": range(num_layers // 2),
-        "second_half": range(num_layers // 2, num_layers),
-    }
-    if isinstance(choice, str):
-        if choice not in named:
-            raise ValueError(f"upcycle.layers={choice!r}: must be one of {', '.join(named)} or a list of indices")
-        return list(named[choice])
-    if not isinstance(choice, list | tuple):
-        raise ValueError(f"upcycle.layers={choice!r}: must be one of {', '.join(named)} or a list of indices")
-    layers = [int(i) for i in choice]
-    wrong = [i for i in layers if not 0 <= i < num_layers]
-    if wrong or not layers:
-        raise ValueError(f"upcycle.layers={layers}: the decoder has layers 0..{num_layers - 1}")
-    return layers
-
-
-def upcycle(section: UpcycleSection, out: Path) -> dict[str, Any]:
+def upcycle(
+    section: UpcycleSection,
+    out: Path,
+    samples: Samples | None = None,
+    whole_bytes: int = WHOLE_MODEL_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
     """Writes the MoE checkpoint and returns its provenance, which is also saved beside it.
 
-    Both models are held in float32 at once.
+    Args:
+        section: what to do.
+        out: the directory to write; it appears when it is complete.
+        samples: reads the batches of `section.calibration`.
+        whole_bytes: models that take no more in float32 are loaded whole to be run.
+        max_shard_bytes: a file of weights is at most this large.
 
     Raises:
-        CheckpointError: the parent is no dense checkpoint, or the result breaks an exactness that it declared.
+        CheckpointError: the parent is no dense checkpoint, the disk is full, or the result breaks an exactness that its
+            parts declare; nothing is left then.
         ValueError: the section asks for something that does not exist.
     """
-    if Path(section.parent).resolve() == out.resolve():
-        raise CheckpointError(f"{out}: the result would replace its own parent; choose another output_dir")
-    dense = load_model(section.parent)
-    if dense.config.moe is not None:
-        raise CheckpointError(f"{section.parent}: already a mixture of experts; upcycling starts from a dense one")
-    upcycler = UPCYCLERS.get(section.upcycler.name).build(section.upcycler.args)
-    layers = select_layers(section.layers, len(decoder_layers(dense.model.language_model)))
-    moe = MoeSection(
-        layers=tuple(layers),
-        num_experts=section.num_experts,
-        router=NamedArgs(section.router.name, dict(section.router.args)),
-        experts=NamedArgs("stacked", {"kernel": section.kernel}),
-    )
-    sparse = _build(dense, moe)
-    generator = torch.Generator().manual_seed(section.seed)
-    activation = activation_name(dense.config.text_config)
-    for index in layers:
-        block = decoder_layers(dense.model.language_model)[index].get_submodule("mlp")
-        spec = mlp_spec(block, activation)
-        layer = decoder_layers(sparse.model.language_model)[index].get_submodule("mlp")
-        assert isinstance(layer, MoELayer)
-        tensors = upcycler(DenseMlp.read(block, spec), spec, section.num_experts, generator)
-        layer.experts.load_state_dict(tensors)
-        layer.router.reset_parameters(generator)  # one generator for all layers, so no two start alike
-    error, largest = logit_error(dense, sparse)
-    exact = upcycler.contract is Contract.EXACT_ANY_ROUTER and _normalised(sparse, layers)
-    if exact and error > TOLERANCE * max(1.0, largest):
-        raise CheckpointError(
-            f"upcycling {section.parent} is not exact: logits of up to {largest:.1f} differ by {error:.2e}, more than "
-            f"the {TOLERANCE} of them that float32 rounding explains"
-        )
-    provenance = {
-        "parent": str(section.parent),
-        "parent_fingerprint": fingerprint(section.parent),
-        "section": dataclasses.asdict(section),
-        "layers": layers,
-        "contract": upcycler.contract.value,
-        "exact": exact,
-        "max_abs_logit_error": error,
-        "max_abs_logit": largest,
-        "parameters": {"dense": count_parameters(dense), "moe": count_parameters(sparse)},
-    }
+    plan = make_plan(section, out)
+    if section.calibration is not None and samples is None:
+        raise ValueError("upcycle.calibration is set, but nobody reads its samples; use llava_moe.upcycle.run")
+    check_space(out, sum(info.nbytes for info in plan.infos.values()))
+    processor = load_tools(plan.parent.path, pictures=True)
+    limit = int(plan.parent.config.text_config.max_position_embeddings)
+    batches = builtin_batches(processor, limit) if samples is None else list(samples())
     with whole_directory(out) as partial:
-        sparse.save_original_format = True
-        sparse.save_pretrained(partial)
-        AutoProcessor.from_pretrained(section.parent).save_pretrained(partial)
+        processor.save_pretrained(partial)
+        _save_configs(plan, partial)
+        with CheckpointWriter(partial, plan.infos, max_shard_bytes) as writer:
+            exact = _write(plan, section.seed, batches, writer, whole_bytes)
+        agreement = _measure(plan, partial, batches, whole_bytes)
+        _check_exact(plan, exact, agreement)
+        provenance = _provenance(section, plan, exact, agreement)
         (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2))
     return provenance
 
 
-def _build(dense: LlavaMoeForConditionalGeneration, moe: MoeSection) -> LlavaMoeForConditionalGeneration:
-    """The sparse model with every weight of the dense one that it still has."""
-    config = dense.config.__class__.from_dict({**dense.config.to_dict(), "moe": moe.to_dict()})
-    sparse = LlavaMoeForConditionalGeneration(config).eval()
-    result = sparse.load_state_dict(dense.state_dict(), strict=False)
-    replaced = tuple(f"model.language_model.layers.{i}.mlp." for i in moe.layers)
-    stray = [k for k in [*result.missing_keys, *result.unexpected_keys] if not k.startswith(replaced)]
-    if stray:
-        raise CheckpointError(f"upcycling would lose {stray[:4]}")
-    sparse.generation_config = dense.generation_config
-    return sparse
+def _save_configs(plan: Plan, folder: Path) -> None:
+    plan.config.save_pretrained(folder)
+    generation = plan.parent.path / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, folder / generation.name)
+    else:
+        plan.model.generation_config.save_pretrained(folder)
 
 
-def _normalised(model: LlavaMoeForConditionalGeneration, layers: list[int]) -> bool:
-    blocks = decoder_layers(model.model.language_model)
-    return all(blocks[i].get_submodule("mlp.router").normalised for i in layers)
+def _write(plan: Plan, seed: int, batches: Sequence[Batch], writer: CheckpointWriter, whole_bytes: int) -> bool:
+    """Writes every tensor; whether all layers equal their dense blocks, except for rounding."""
+    # One generator for everything, so no two layers start alike; in the order of the parts and layers and not of the
+    # files, so the same parent in other shards gives the same result.
+    generator = torch.Generator().manual_seed(seed)
+    exact = True
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("upcycling", total=sum(len(part.blocks) for part in plan.parts) + 1)
+        for part in plan.parts:
+            for block, found in zip(part.blocks, _statistics(plan, part, seed, batches, whole_bytes), strict=True):
+                parents = plan.dense(block, part.upcycler)
+                made = make_layer(block, part.moe, part.upcycler, parents, generator, found)
+                del parents
+                exact &= made.exact
+                for name in list(made.tensors):
+                    _write_pieces(plan, f"{block.path}.{name}", made.tensors.pop(name), writer)
+                progress.update(bar, advance=1, description=f"upcycling {block.site}")
+        progress.update(bar, description="copying the rest")
+        for name in plan.kept:
+            if plan.sources == (plan.parent,):
+                writer.copy(name, plan.parent.reader)
+            else:
+                writer.write(name, mean_of(plan.parent.keys[name], plan.sources).to(plan.infos[name].dtype))
+        progress.update(bar, advance=1, description="written")
+    return exact
 
 
-@torch.no_grad()
-def logit_error(one: LlavaMoeForConditionalGeneration, other: LlavaMoeForConditionalGeneration) -> tuple[float, float]:
-    """Largest difference of the two models' logits, and largest logit, on a random picture followed by random text."""
-    generator = torch.Generator().manual_seed(0)
-    config = one.config
-    size = config.vision_config.image_size
-    picture = torch.full((config.image_seq_length,), config.image_token_id)
-    text = torch.randint(0, config.image_token_id, (32,), generator=generator)
-    ids = torch.cat([picture, text]).unsqueeze(0)
-    pixels = torch.randn(1, 3, size, size, generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    expected = one(**inputs).logits
-    return float((expected - other(**inputs).logits).abs().max()), float(expected.abs().max())
+def _write_pieces(plan: Plan, key: str, tensor: Tensor, writer: CheckpointWriter) -> None:
+    for piece in plan.pieces[key]:
+        writer.write(piece.name, piece.of(tensor).to(plan.infos[piece.name].dtype))
 
 
-def count_parameters(model: LlavaMoeForConditionalGeneration) -> dict[str, int]:
-    """Total, and active for one token: of E experts only the router's k."""
+def _statistics(
+    plan: Plan, part: PartPlan, seed: int, batches: Sequence[Batch], whole_bytes: int
+) -> Iterator[NeuronStatistics | None]:
+    """What the upcycler of a part wants to know of each of its blocks."""
+    if part.upcycler.needs == "nothing":
+        yield from [None] * len(part.blocks)
+        return
+    numbers = [block.num_experts for block in part.blocks]
+    labels = sample_labels(plan.parent, part.upcycler, numbers, batches, seed)
+    watched = [Watched(block.path, block.spec, block.num_experts) for block in part.blocks]
+    model = open_model(plan.parent.path, whole_bytes)
+    yield from statistics_of(model, part.name, watched, part.upcycler, batches, labels)
+
+
+def _measure(plan: Plan, made: Path, batches: Sequence[Batch], whole_bytes: int) -> Agreement:
+    sites = {block.site: block.path for part in plan.parts for block in part.blocks}
+    scratch = Scratch(made / _SCRATCH)
+    try:
+        return compare(
+            lambda: open_model(plan.parent.path, whole_bytes),
+            lambda: open_model(made, whole_bytes),
+            batches,
+            scratch,
+            sites,
+        )
+    finally:
+        shutil.rmtree(scratch.folder)
+
+
+def _check_exact(plan: Plan, exact: bool, agreement: Agreement) -> None:
+    """Raises CheckpointError where rounding does not explain how far an exact result is from its parent."""
+    tolerance = TOLERANCE
+    for part in plan.parts:
+        dtypes = {
+            plan.infos[piece.name].dtype for block in part.blocks for piece in plan.pieces[_down(plan, block.path)]
+        }
+        if not isinstance(part.upcycler, Copy):
+            # Scaled weights are rounded to the dtype they are stored in; copies are the parent's own numbers.
+            tolerance = max([tolerance, *(torch.finfo(d).eps for d in dtypes if d.itemsize < 4)])
+    if exact and not agreement.within(tolerance):
+        raise CheckpointError(
+            f"upcycling {plan.parent.path} is not exact: logits of up to {agreement.max_abs_logit:.1f} differ by "
+            f"{agreement.max_abs_logit_error:.2e}, more than the {tolerance} of them that rounding explains"
+        )
+
+
+def _down(plan: Plan, path: str) -> str:
+    """The down projections of a layer's experts, or the block that they share."""
+    return next(key for key in plan.pieces if key.startswith(f"{path}.experts.") and key.endswith("down_proj"))
+
+
+def _provenance(section: UpcycleSection, plan: Plan, exact: bool, agreement: Agreement) -> dict[str, Any]:
+    names = ("llava-moe", "torch", "transformers")
+    return {
+        "parent": str(section.parent),
+        "parent_fingerprint": fingerprint(section.parent),
+        "section": dataclasses.asdict(section),
+        "seed": section.seed,
+        "versions": {name: version(name) for name in names},
+        "layers": {part.name: list(part.moe.layers) for part in plan.parts},
+        "method": {name: part.upcycler.name for name, part in section.parts().items()},
+        "contract": {part.name: part.upcycler.contract.value for part in plan.parts},
+        "sources": [str(source.path) for source in plan.sources],
+        "left_out": plan.parent.strays,
+        "exact": exact,
+        "measured_on": "calibration" if section.calibration is not None else "built-in text and picture",
+        "num_tokens": agreement.num_tokens,
+        "max_abs_logit_error": agreement.max_abs_logit_error,
+        "max_abs_logit": agreement.max_abs_logit,
+        "greedy_agreement": agreement.greedy_agreement,
+        "layer_errors": agreement.layer_errors,
+        "parameters": {"dense": count_parameters(plan.parent.model), "moe": count_parameters(plan.model)},
+    }
+
+
+def count_parameters(model: Any) -> dict[str, int]:
+    """Total, and active for one token: of E feed-forward experts only as many as the router uses.
+
+    A block that all experts share is always active, as are side branches and shared experts.
+    """
     total = sum(p.numel() for p in model.parameters())
-    idle = 0
+    idle = 0.0
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            expert = sum(p.numel() for p in layer.experts.parameters()) // layer.experts.num_experts
-            k = getattr(layer.router.config, "k", layer.experts.num_experts)
-            idle += expert * (layer.experts.num_experts - k)
-    return {"total": total, "active": total - idle}
+            num_ffn = layer.experts.kinds.count("ffn")
+            own = [p for n, p in layer.experts.named_parameters() if not n.startswith(("base_", "constant_"))]
+            expert = sum(p.numel() for p in own) / num_ffn
+            idle += expert * max(num_ffn - layer.router.active_experts, 0.0)
+    return {"total": total, "active": total - round(idle)}

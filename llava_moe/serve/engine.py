@@ -98,7 +98,7 @@ class ModelFacts:
             num_layers=text_config.num_hidden_layers,
             moe_layers=len(layers),
             num_experts=num_experts,
-            experts_per_token=getattr(layers[0].router.config, "k", num_experts) if layers else 0,
+            experts_per_token=round(layers[0].router.active_experts) if layers else 0,
             is_cut=bool(getattr(text_config, "source_blocks", None)),
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),

@@ -141,7 +141,7 @@ sys.meta_path.insert(0, Blocker())
 import torch
 from llava_moe.moe import EXPERTS, ROUTERS, MlpSpec, MoELayer
 spec = MlpSpec(8, 16, "silu", True, False, "gate_proj", "up_proj", "down_proj")
-layer = MoELayer(ROUTERS.get("top_k").build(8, 4, {}), EXPERTS.get("stacked")(spec, 4))
+layer = MoELayer(ROUTERS.get("top_k").build(8, 4, {}), EXPERTS.get("stacked").build(spec, 4, {}))
 assert layer(torch.randn(2, 3, 8)).shape == (2, 3, 8)
 assert not blocked & {name.split(".")[0] for name in sys.modules}
 print("works")

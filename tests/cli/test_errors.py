@@ -179,12 +179,31 @@ def test_the_directory_above_a_checkpoint(case: Case, dense_checkpoint: Path, re
         ({"upcycler": {"name": "copy", "args": {"noise": 1}}}, ["noise"]),
         ({"layers": [0, 99]}, ["99", "0..3"]),
         ({"layers": "odd"}, ["odd", "alternate"]),
-        ({"kernel": "groped"}, ["groped", "grouped"]),
+        ({"experts": {"name": "stacked", "args": {"kernel": "groped"}}}, ["groped", "grouped"]),
         ({"num_experts": 0}, ["num_experts"]),
-        ({"parent": "/nonexistent"}, ["/nonexistent"]),
+        ({"num_experts": [4]}, ["num_experts", "for 2 layers"]),
     ],
 )
 def test_a_wrong_upcycling_is_refused(
+    section: dict[str, Any], words: list[str], case: Case, dense_checkpoint: Path, refusal: Callable[..., str]
+) -> None:
+    case.edit(lambda raw: raw.update(upcycle={"parent": str(dense_checkpoint), "decoder": section}))
+    said = refusal("upcycle", case.recipe)
+    for word in words:
+        assert word in said, said
+    assert not (case.folder / "out" / "upcycled").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"parent": "/nonexistent", "decoder": {}}, ["/nonexistent"]),
+        ({}, ["decoder", "vision", "projector"]),
+        ({"vision": {"layers": [2]}}, ["moe.vision.layers", "behind the selected feature layer"]),
+        ({"projector": {"num_experts": [2, 3]}}, ["moe.projector.num_experts"]),
+    ],
+)
+def test_a_wrong_choice_of_parts_is_refused(
     section: dict[str, Any], words: list[str], case: Case, dense_checkpoint: Path, refusal: Callable[..., str]
 ) -> None:
     case.edit(lambda raw: raw.update(upcycle={"parent": str(dense_checkpoint), **section}))
@@ -195,7 +214,7 @@ def test_a_wrong_upcycling_is_refused(
 
 
 def test_upcycling_a_mixture_of_experts(case: Case, moe_checkpoint: Path, refusal: Callable[..., str]) -> None:
-    case.edit(lambda raw: raw.update(upcycle={"parent": str(moe_checkpoint)}))
+    case.edit(lambda raw: raw.update(upcycle={"parent": str(moe_checkpoint), "decoder": {}}))
     said = refusal("upcycle", case.recipe)
     assert str(moe_checkpoint) in said
     assert "already a mixture of experts" in said
@@ -208,7 +227,7 @@ def test_upcycling_without_a_section(case: Case, refusal: Callable[..., str]) ->
 def test_upcycling_is_done_once(
     case: Case, dense_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case.edit(lambda raw: raw.update(upcycle={"parent": str(dense_checkpoint)}))
+    case.edit(lambda raw: raw.update(upcycle={"parent": str(dense_checkpoint), "decoder": {}}))
     main(["upcycle", str(case.recipe)])
     assert (case.folder / "out" / "upcycled" / "model.safetensors").is_file()
     monkeypatch.setattr("llava_moe.upcycle.upcycle", lambda *args: pytest.fail("upcycled again"))
@@ -267,7 +286,7 @@ class TestDryRun:
         assert not (case.folder / "out").exists()
 
     def test_an_upcycling(self, case: Case, dense_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        section = {"parent": str(dense_checkpoint), "num_experts": 4}
+        section = {"parent": str(dense_checkpoint), "decoder": {"num_experts": 4}}
         case.edit(lambda raw: raw.update(upcycle=section, stage={"name": "moe", "learning_rates": {"experts": 1e-3}}))
         main(["train", str(case.recipe)])
         said = capsys.readouterr().out

@@ -49,7 +49,7 @@ def test_keys_of_a_finished_checkpoint(moe_checkpoint: Path) -> None:
         "self_attn.o_proj.weight": (32, 32),
         "input_layernorm.weight": (32,),
         "post_attention_layernorm.weight": (32,),
-        "mlp.router.weight": (4, 32),
+        "mlp.router.scorer.weight": (4, 32),
     }
     for e in range(4):
         golden[f"mlp.experts.{e}.gate_proj.weight"] = (48, 32)
@@ -160,7 +160,7 @@ def test_decoder_weights_without_a_place_are_refused(copied: Path) -> None:
 
 
 def test_another_number_of_experts_is_refused_by_name(copied: Path) -> None:
-    edit_config(copied, lambda raw: raw["moe"].update(num_experts=8))
+    edit_config(copied, lambda raw: raw["moe"]["decoder"].update(num_experts=8))
     refused(copied, r"is \(4, .*\) in the files, config.json asks for \(8, .*\) and 5 more")
 
 
@@ -214,30 +214,50 @@ def test_directories_that_are_no_checkpoint(copied: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
-        ({"layer": [0], "num_experts": 2}, "moe has no key 'layer'; did you mean 'layers'"),
-        ({"num_experts": 2}, "moe.layers is missing"),
-        ({"layers": [0]}, "moe.num_experts is missing"),
-        ({"layers": [], "num_experts": 2}, "moe.layers must name at least one layer"),
+        ({"layer": [0], "num_experts": 2}, "moe.decoder has no key 'layer'; did you mean 'layers'"),
+        ({"num_experts": 2}, "moe.decoder.layers is missing"),
+        ({"layers": [0]}, "moe.decoder.num_experts is missing"),
+        ({"layers": [], "num_experts": 2}, "moe.decoder.layers must name at least one layer"),
         ({"layers": [1, 1], "num_experts": 2}, "each once"),
-        ({"layers": [0], "num_experts": 0}, "moe.num_experts must be at least 1"),
-        ({"layers": [0], "num_experts": 2, "router": "top_k"}, "moe.router must be"),
-        ({"layers": [0], "num_experts": 2, "router": {"nam": "top_k"}}, "moe.router must be"),
-        ({"layers": [0], "num_experts": 2, "experts": {"name": "stacked", "kernel": "loop"}}, "moe.experts must be"),
+        ({"layers": [0], "num_experts": 0}, "moe.decoder.num_experts must be at least 1"),
+        ({"layers": [0, 1], "num_experts": [2, 0]}, "moe.decoder.num_experts must be at least 1"),
+        ({"layers": [0, 1], "num_experts": [2, 3, 4]}, "names 3 numbers for 2 layers"),
+        ({"layers": [0], "num_experts": 2, "router": "top_k"}, "moe.decoder.router must be"),
+        ({"layers": [0], "num_experts": 2, "router": {"nam": "top_k"}}, "moe.decoder.router must be"),
+        (
+            {"layers": [0], "num_experts": 2, "experts": {"name": "stacked", "kernel": "loop"}},
+            "decoder.experts must be",
+        ),
+    ],
+)
+def test_wrong_moe_part(moe: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoeSection.from_dict({"decoder": moe})
+    with pytest.raises(ValueError, match=message):
+        tiny_config({"decoder": moe})
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({}, "names no part with experts"),
+        ({"decoder": None}, "names no part with experts"),
+        ({"decodr": {"layers": [0], "num_experts": 2}}, "moe has no key 'decodr'; did you mean 'decoder'"),
+        ({"vision": [0]}, "moe.vision must be a mapping"),
     ],
 )
 def test_wrong_moe_section(moe: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoeSection.from_dict(moe)
-    with pytest.raises(ValueError, match=message):
-        tiny_config(moe)
 
 
 def test_moe_section_round_trip(tmp_path: Path) -> None:
-    config = tiny_config(tiny_moe(layers=[2, 0]))
+    config = tiny_config(tiny_moe(layers=[2, 0], num_experts=[3, 4]))
     config.save_pretrained(tmp_path)
     loaded = LlavaMoeConfig.from_pretrained(tmp_path)
     assert loaded.moe_section == config.moe_section
-    assert loaded.moe_section.layers == (0, 2)
+    assert loaded.moe_section.decoder.layers == (0, 2)
+    assert loaded.moe_section.decoder.num_experts == (4, 3)
     assert MoeSection.from_dict(config.moe_section.to_dict()) == config.moe_section
     assert type(loaded.vision_config) is type(tiny_vision_config())
 

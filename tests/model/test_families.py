@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from llava_moe.config import NamedSection, UpcycleSection
+from llava_moe.config import NamedSection, PartSection, UpcycleSection
 from llava_moe.model.assemble import load_model
 from llava_moe.model.upcycling import upcycle
 from tests.model.inputs import greedy, logits_of, picture_batch, prompt_batch
@@ -20,8 +20,8 @@ from tests.tiny_model import TINY_MOE, tiny_model, write_tiny_checkpoint
 def both(tmp_path: Path, text: str, **section: Any) -> tuple[Any, Any, Path]:
     parent = write_tiny_checkpoint(tmp_path / "dense", text=text)
     out = tmp_path / "upcycled"
-    values = {"parent": str(parent), "num_experts": 4, "router": NamedSection("top_k", {"k": 2}), **section}
-    upcycle(UpcycleSection(**values), out)
+    values: dict[str, Any] = {"num_experts": 4, "router": NamedSection("top_k", {"k": 2}), **section}
+    upcycle(UpcycleSection(parent=str(parent), decoder=PartSection(**values)), out)
     return load_model(parent), load_model(out), out
 
 
@@ -29,7 +29,7 @@ def both(tmp_path: Path, text: str, **section: Any) -> tuple[Any, Any, Path]:
 def test_upcycled_model_is_its_dense_parent(tmp_path: Path, text: str) -> None:
     dense, sparse, _ = both(tmp_path, text)
     assert dense.config.moe is None
-    assert sparse.config.moe["layers"] == [0, 2]
+    assert sparse.config.moe["decoder"]["layers"] == [0, 2]
     batch = picture_batch(dense, batch=3, length=20)
     expected = logits_of(dense, **batch)
     assert float(expected.std()) > 0.1, "logits of a trivial model would prove nothing"
@@ -56,7 +56,7 @@ def test_save_and_load_is_bit_equal(tmp_path: Path, text: str, original_format: 
 
 @pytest.mark.parametrize(
     "section",
-    [{"layers": "all"}, {"kernel": "loop"}, {"num_experts": 1, "router": NamedSection("top_k", {"k": 1})}],
+    [{"layers": "all"}, {"experts": NamedSection("stacked", {"kernel": "loop"})}, {"num_experts": 1, "router": NamedSection("top_k", {"k": 1})}],
     ids=["all-layers", "loop", "one-expert"],
 )
 def test_other_ways_to_upcycle_are_exact_too(tmp_path: Path, section: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def test_other_ways_to_upcycle_are_exact_too(tmp_path: Path, section: dict[str, 
 @pytest.mark.parametrize("vision", ["clip", "timm"])
 def test_other_towers(tmp_path: Path, vision: str) -> None:
     parent = write_tiny_checkpoint(tmp_path / "dense", vision=vision)
-    upcycle(UpcycleSection(parent=str(parent)), tmp_path / "upcycled")
+    upcycle(UpcycleSection(parent=str(parent), decoder=PartSection()), tmp_path / "upcycled")
     dense, sparse = load_model(parent), load_model(tmp_path / "upcycled")
     batch = picture_batch(dense)
     changed = {**batch, "pixel_values": batch["pixel_values"].flip(0)}

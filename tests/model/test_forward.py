@@ -132,16 +132,16 @@ def test_dense_model_returns_no_routings_and_sparse_one_for_each_site() -> None:
     model = tiny_model(TINY_MOE)
     batch = picture_batch(model, batch=2, length=12)
     routings = model(**batch).routings
-    assert sorted(routings) == [0, 2]
-    assert routings[0].logits_TE.shape == (24, 4)
-    assert routings[2].index_TK.shape == (24, 2)
+    assert sorted(routings) == [("decoder", 0), ("decoder", 2)]
+    assert routings["decoder", 0].logits_TE.shape == (24, 4)
+    assert routings["decoder", 2].index_TK.shape == (24, 2)
 
 
 def test_context_knows_padding_pictures_and_rows() -> None:
     model = tiny_model(TINY_MOE)
     batch = picture_batch(model, batch=3, length=12)
     model(**batch)
-    context = model.model.scope.context(0, 36, torch.device("cpu"))
+    context = model.model.scope.context_of(("decoder", 0))
     assert torch.equal(context.token_mask_T, batch["attention_mask"].bool().flatten())
     assert torch.equal(context.modality_T, (batch["input_ids"] == model.config.image_token_id).long().flatten())
     assert int(context.modality_T.sum()) == 3 * IMAGE_TOKENS
@@ -161,7 +161,7 @@ def test_embeddings_in_the_place_of_ids() -> None:
     embeds = model.get_input_embeddings()(ids)
     expected = logits_of(model, input_ids=ids)
     torch.testing.assert_close(logits_of(model, inputs_embeds=embeds), expected)
-    assert model.model.scope.context(0, 14, torch.device("cpu")).modality_T is None
+    assert model.model.scope.context_of(("decoder", 0)).modality_T is None
     with pytest.raises(ValueError, match="give input_ids or inputs_embeds"):
         model()
 
@@ -191,17 +191,20 @@ def test_padding_changes_nothing_for_real_tokens(moe: dict[str, Any] | None) -> 
 
 def test_balance_losses_ignore_padding_through_the_whole_model() -> None:
     model = tiny_model(TINY_MOE)
-    coefficients = dict.fromkeys(BALANCE_LOSSES.names(), 1.0)
+    # the others need a router of their own
+    options = {name: {"num_nodes": 2} if name == "locality" else {} for name in BALANCE_LOSSES.names()}
+    names = [name for name in options if not BALANCE_LOSSES.get(name).requires]
 
     def terms(num_pads: int) -> dict[str, Tensor]:
         batch = picture_batch(model, batch=1, length=12)
         ids = torch.cat([batch["input_ids"], torch.zeros(1, num_pads, dtype=torch.int64)], dim=1)
         mask = (torch.arange(12 + num_pads) < 12).long().unsqueeze(0)
         routings = model(input_ids=ids, attention_mask=mask, pixel_values=batch["pixel_values"]).routings
-        return balance_terms(routings, model.model.scope, coefficients)
+        losses = {name: BALANCE_LOSSES.get(name).build(options[name]) for name in names}
+        return balance_terms(routings, model.model.scope, losses)
 
     plain, padded = terms(0), terms(9)
-    assert set(plain) == set(BALANCE_LOSSES.names())
+    assert {"switch", "z", "sequence", "global_batch", "localised"} <= set(plain) == set(names)
     for name in plain:
         torch.testing.assert_close(plain[name], padded[name], rtol=1e-5, atol=1e-6)
 
@@ -228,8 +231,9 @@ def loss_and_gradients(enable_name: str | None) -> tuple[Tensor, dict[str, Tenso
         assert is_checkpointing(model)
     batch = picture_batch(model, batch=3)
     output = model(**batch, loss_only=True, use_cache=False)
-    assert sorted(output.routings) == [0, 2]
-    terms = balance_terms(output.routings, model.model.scope, {"switch": 0.5, "z": 0.1})
+    assert sorted(output.routings) == [("decoder", 0), ("decoder", 2)]
+    losses = {name: BALANCE_LOSSES.get(name).build({}) for name in ("switch", "z")}
+    terms = balance_terms(output.routings, model.model.scope, losses)
     total = output.loss + 0.5 * terms["switch"] + 0.1 * terms["z"]
     total.backward()
     return total.detach(), gradients(model)

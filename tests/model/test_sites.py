@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, GPT2Config, LlamaConfig, MixtralConfig, PretrainedConfig
+from transformers import AutoModel, GPT2Config, LlamaConfig, MambaConfig, MixtralConfig, PretrainedConfig
 
-from llava_moe.model.configuration import MoeSection
+from llava_moe.model.configuration import MoePart
 from llava_moe.model.sites import activation_name, decoder_layers, install_moe, mlp_spec
 from llava_moe.moe import ROUTERS, MlpSpec, MoELayer, RoutingScope, TopKRouter
 from tests.tiny_model import HIDDEN, INTERMEDIATE, tiny_moe, tiny_text_config
@@ -30,6 +32,11 @@ FAMILIES: dict[str, tuple[str, bool, bool, str | None, str, str]] = {
     "nemotron": ("relu2", False, False, None, "up_proj", "down_proj"),
     "smollm3": ("silu", True, False, "gate_proj", "up_proj", "down_proj"),
 }
+
+
+def part(**changes: Any) -> MoePart:
+    """The decoder's part of `tiny_moe`."""
+    return MoePart.from_dict(tiny_moe(**changes)["decoder"], "moe.decoder")
 
 
 def decoder_of(text: str) -> nn.Module:
@@ -68,15 +75,20 @@ def test_a_decoder_that_is_sparse_already_is_refused() -> None:
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
-    section = MoeSection.from_dict(tiny_moe(layers=[0]))
     with pytest.raises(ValueError, match="matches no known feed-forward pattern"):
-        install_moe(AutoModel.from_config(config), config, section, RoutingScope())
+        install_moe(AutoModel.from_config(config), "decoder", part(layers=[0]), "silu", RoutingScope())
 
 
 def test_a_decoder_without_layers_is_refused() -> None:
-    decoder = AutoModel.from_config(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4))
-    with pytest.raises(ValueError, match=r"GPT2Model has no list `layers`"):
+    decoder = AutoModel.from_config(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(ValueError, match=r"no list of layers with a child mlp.*; found layers of MambaBlock \(norm, mixer\)"):
         decoder_layers(decoder)
+
+
+def test_an_unknown_block_is_refused_by_what_it_holds() -> None:
+    decoder = AutoModel.from_config(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4))
+    with pytest.raises(ValueError, match="GPT2MLP matches no known feed-forward pattern: its linear children are none"):
+        install_moe(decoder, "decoder", part(layers=[0]), "gelu_new", RoutingScope())
 
 
 def test_a_config_without_an_activation_is_refused() -> None:
@@ -86,7 +98,7 @@ def test_a_config_without_an_activation_is_refused() -> None:
 
 def test_install_replaces_the_listed_layers_only() -> None:
     decoder, scope = decoder_of("llama"), RoutingScope()
-    install_moe(decoder, decoder.config, MoeSection.from_dict(tiny_moe(layers=[3, 1])), scope)
+    install_moe(decoder, "decoder", part(layers=[3, 1]), "silu", scope)
     kinds = [isinstance(layer.mlp, MoELayer) for layer in decoder.layers]
     assert kinds == [False, True, False, True]
     assert [layer.mlp.layer for layer in decoder.layers if isinstance(layer.mlp, MoELayer)] == [1, 3]
@@ -95,8 +107,8 @@ def test_install_replaces_the_listed_layers_only() -> None:
 
 def test_routers_of_two_layers_start_differently() -> None:
     decoder = decoder_of("llama")
-    install_moe(decoder, decoder.config, MoeSection.from_dict(tiny_moe()), RoutingScope())
-    weights = [decoder.layers[i].mlp.router.weight for i in (0, 2)]
+    install_moe(decoder, "decoder", part(), "silu", RoutingScope())
+    weights = [decoder.layers[i].mlp.router.scorer.weight for i in (0, 2)]
     assert not torch.equal(*weights)
 
 
@@ -104,18 +116,20 @@ def test_routers_of_two_layers_start_differently() -> None:
 def test_layers_that_do_not_exist(layers: list[int]) -> None:
     decoder = decoder_of("llama")
     with pytest.raises(ValueError, match=r"the decoder has layers 0\.\.3"):
-        install_moe(decoder, decoder.config, MoeSection.from_dict(tiny_moe(layers=layers)), RoutingScope())
+        install_moe(decoder, "decoder", part(layers=layers), "silu", RoutingScope())
 
 
 def test_a_router_that_looks_ahead_is_refused_in_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     class LooksAhead(TopKRouter):
-        causal_safe = False
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.causal_safe = False
 
     monkeypatch.setitem(ROUTERS._entries, "looks_ahead", LooksAhead)
     decoder = decoder_of("llama")
-    section = MoeSection.from_dict(tiny_moe(router={"name": "looks_ahead"}))
+    section = part(router={"name": "looks_ahead"})
     with pytest.raises(ValueError, match="'looks_ahead' looks at later tokens"):
-        install_moe(decoder, decoder.config, section, RoutingScope())
+        install_moe(decoder, "decoder", section, "silu", RoutingScope())
 
 
 @pytest.mark.parametrize(
@@ -131,4 +145,4 @@ def test_a_router_that_looks_ahead_is_refused_in_a_decoder(monkeypatch: pytest.M
 def test_wrong_names_in_the_section(changes: dict[str, object], message: str) -> None:
     config = LlamaConfig(**tiny_text_config("llama").to_dict())
     with pytest.raises(ValueError, match=message):
-        install_moe(AutoModel.from_config(config), config, MoeSection.from_dict(tiny_moe(**changes)), RoutingScope())
+        install_moe(AutoModel.from_config(config), "decoder", part(**changes), "silu", RoutingScope())

@@ -57,10 +57,13 @@ def test_exponents_without_a_dot_are_numbers(tmp_path: Path, write: Any) -> None
             {"data": {"sources": [{"path": "a", "image_folder": "b"}, {"path": "a", "image_foldr": "b"}]}},
             r"unknown key data\.sources\[1\]\.image_foldr; did you mean 'image_folder'",
         ),
-        ({"upcycle": {"parent": "p", "num_expert": 4}}, r"unknown key upcycle\.num_expert; did you mean 'num_experts'"),
         (
-            {"upcycle": {"parent": "p", "router": {"name": "top_k", "arg": {}}}},
-            r"unknown key upcycle\.router\.arg; did you mean 'args'",
+            {"upcycle": {"parent": "p", "decoder": {"num_expert": 4}}},
+            r"unknown key upcycle\.decoder\.num_expert; did you mean 'num_experts'",
+        ),
+        (
+            {"upcycle": {"parent": "p", "decoder": {"router": {"name": "top_k", "arg": {}}}}},
+            r"unknown key upcycle\.decoder\.router\.arg; did you mean 'args'",
         ),
         ({"zzz": 1}, r"unknown key zzz; known: .*output_dir"),
     ],
@@ -75,7 +78,7 @@ def test_unknown_key_in_a_recipe(write: Any, changes: dict[str, Any], message: s
     [
         ("stage.nam=x", r"override 'stage\.nam=x': unknown key stage\.nam; did you mean 'name'"),
         ("modle.checkpoint=x", r"unknown key modle; did you mean 'model'"),
-        ("upcycle.routr.name=x", r"unknown key upcycle\.routr; did you mean 'router'"),
+        ("upcycle.decoder.routr.name=x", r"unknown key upcycle\.decoder\.routr; did you mean 'router'"),
         ("seed", r"override 'seed' is not of the form key\.key=value"),
         ("--seed=3", r"override '--seed=3' is not of the form"),
         ("data.max_length=many", r"override 'data\.max_length=many': data\.max_length: .*many"),
@@ -96,6 +99,7 @@ def test_overrides_win_and_later_ones_over_earlier(write: Any) -> None:
             "stage.learning_rates.router=1e-4",
             "train.max_steps=5",
             "upcycle.parent=p",
+            "upcycle.decoder.layers=all",
             "data.template=null",
         ],
     )
@@ -103,7 +107,9 @@ def test_overrides_win_and_later_ones_over_earlier(write: Any) -> None:
     assert config.stage.learning_rates == {"projector": 1e-3, "router": 1e-4}
     assert config.train == {"max_steps": 5}
     assert config.upcycle is not None
-    assert (config.upcycle.parent, config.upcycle.router.name) == ("p", "top_k")
+    assert config.upcycle.parent == "p"
+    assert config.upcycle.decoder is not None
+    assert (config.upcycle.decoder.layers, config.upcycle.decoder.router.name) == ("all", "top_k")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +180,7 @@ def test_missing_base_and_wrong_key_in_base_name_the_base(write: Any) -> None:
 
 def test_dump_resolved_round_trip(write: Any, tmp_path: Path) -> None:
     config = load_recipe(
-        write(upcycle={"parent": "p", "layers": [0, 2]}, balance={"losses": {"switch": 0.01}}),
+        write(upcycle={"parent": "p", "decoder": {"layers": [0, 2]}}, balance={"losses": {"switch": 0.01}}),
         ["train.lr_scheduler_kwargs={a: 1}"],
     )
     target = tmp_path / "new" / "resolved.yaml"

@@ -37,8 +37,10 @@ def test_recipe(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.data.image_mode is None or config.data.image_mode in IMAGE_MODES
     if config.upcycle is not None:
         assert config.model.checkpoint == f"{config.output_dir}/upcycled"
-        assert config.upcycle.upcycler.name in UPCYCLERS
-        ROUTERS.get(config.upcycle.router.name).build(8, config.upcycle.num_experts, config.upcycle.router.args)
+        assert config.upcycle.parts()
+        for part in config.upcycle.parts().values():
+            assert part.upcycler.name in UPCYCLERS
+            ROUTERS.get(part.router.name).build(8, part.num_experts, part.router.args)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(REPO / "scripts/recipes")))
