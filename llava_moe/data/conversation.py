@@ -10,14 +10,16 @@ text would have it, see `SegmentTokenizer`.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from llava_moe.data.schema import IMAGE_MARKER, DataError, Turn
+from llava_moe.registry import near_misses
 
 IGNORE_INDEX = -100
 
@@ -43,39 +45,84 @@ class ConversationTemplate(ABC):
     Attributes:
         name: its name in the registry.
         jinja: the same template for stock tools (`tokenizer.chat_template`), None where there is no such thing.
+        takes_system: whether there is a place for a system message in front of the first question.
+        config: its options.
         end_text: what ends an answer, the last target of each answer; None if the template has no such text.
+        learned_anywhere: texts of tokens that are learned wherever they stand, also in questions. Empty unless an
+            option asks for it.
+
+    Raises:
+        TemplateError: the tokenizer lacks a token of the template, or an option is unknown or of the wrong type.
     """
 
     name: ClassVar[str]
     jinja: ClassVar[str | None] = None
+    takes_system: ClassVar[bool] = True
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    @dataclass(frozen=True)
+    class Config:
+        """No options."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
+        self.config: Any = self._parse(options or {})
         self.end_text: str | None = tokenizer.eos_token
+        self.learned_anywhere: tuple[str, ...] = ()
+
+    def _parse(self, options: Mapping[str, Any]) -> Any:
+        fields = {field.name: field for field in dataclasses.fields(self.Config)}
+        for key, value in options.items():
+            if key not in fields:
+                raise TemplateError(f"template {self.name!r} has no option {key!r}; {near_misses(key, list(fields))}")
+            wanted = type(fields[key].default)
+            if type(value) is not wanted:
+                raise TemplateError(f"template {self.name!r}: option {key}={value!r} must be {wanted.__name__}")
+        return self.Config(**options)
 
     def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
         """Renders a conversation that ends with an answer, or one that ends with a question and waits for its answer.
 
         Args:
-            turns: alternating, the user first.
+            turns: alternating, the user first; a system message may stand in front.
             add_generation_prompt: the last turn is the user's, and the header of the answer is appended.
 
         Raises:
-            TemplateError: the turns do not alternate or end with the wrong role, or the template cannot hold them.
+            TemplateError: the turns do not alternate or end with the wrong role, an answer to learn from is empty, or
+                the template cannot hold them.
         """
         roles = [turn.role for turn in turns]
+        has_system = roles[:1] == ["system"]
+        dialogue = turns[1:] if has_system else turns
         last = "user" if add_generation_prompt else "assistant"
-        alternating = [("user", "assistant")[index % 2] for index in range(len(turns))]
-        if not turns or roles[-1] != last or roles != alternating:
+        alternating = [("user", "assistant")[index % 2] for index in range(len(dialogue))]
+        if not dialogue or roles[-1] != last or roles[has_system:] != alternating:
             raise TemplateError(
                 f"template {self.name!r}: turns must start with the user, alternate and end with the {last} "
-                f"(add_generation_prompt={add_generation_prompt}), found {roles}"
+                f"(add_generation_prompt={add_generation_prompt}), after at most one system message; found {roles}"
             )
-        return [segment for segment in self._render(turns) if segment.text]
+        if has_system and not self.takes_system:
+            raise TemplateError(
+                f"template {self.name!r} has no place for a system message; remove it or choose another template"
+            )
+        if has_system and not turns[0].text.strip():
+            raise TemplateError(f"template {self.name!r}: the system message is empty; remove it")
+        if not add_generation_prompt:
+            for index, turn in enumerate(turns):
+                if turn.role == "assistant" and not turn.text.strip():
+                    raise TemplateError(
+                        f"template {self.name!r}: turn {index} is an empty answer, from which nothing can be learned; "
+                        "remove the question and the answer, or the record"
+                    )
+        return _joined(self._render(turns[0].text if has_system else None, dialogue))
 
     @abstractmethod
-    def _render(self, turns: Sequence[Turn]) -> list[Segment]:
-        """Renders checked turns; a final user turn is followed by the header of its answer."""
+    def _render(self, system: str | None, turns: Sequence[Turn]) -> list[Segment]:
+        """Renders checked turns; a final user turn is followed by the header of its answer.
+
+        Args:
+            system: the record's own system message, which replaces that of the template; None if it has none.
+            turns: user and assistant in turn.
+        """
 
     def _require_token(self, text: str) -> None:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
@@ -85,19 +132,43 @@ class ConversationTemplate(ABC):
                 "add it with add_special_tokens (and resize the embeddings), or choose another template"
             )
 
+    def _require_own(self, which: Literal["bos_token", "eos_token"], purpose: str) -> str:
+        """The tokenizer's own token of that kind."""
+        token = getattr(self.tokenizer, which)
+        if token is None:
+            raise TemplateError(
+                f"template {self.name!r} {purpose} with the tokenizer's {which}, and this tokenizer has none"
+            )
+        self._require_token(str(token))
+        return str(token)
+
+
+def _joined(segments: Sequence[Segment]) -> list[Segment]:
+    """Neighbours of one kind become one segment: fewer cuts, and fewer calls of the tokenizer."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if last and (last.is_target, last.is_verbatim) == (segment.is_target, segment.is_verbatim):
+            joined[-1] = dataclasses.replace(last, text=last.text + segment.text)
+        elif segment.text:
+            joined.append(segment)
+    return joined
+
 
 class SegmentTokenizer:
     """Applies the boundary rule to one tokenizer.
 
     Sentencepiece-like tokenizers put a space in front of every text they are given. In a whole conversation that space
     appears at the very start and, for some of them, after each special token; in the middle of text it never does.
-    Which of the two kinds a tokenizer is gets measured here, not guessed from its class.
+    Which of the two kinds a tokenizer is gets measured here, not guessed from its class. Some special tokens (those of
+    Phi-3) swallow the white space behind them; here they do so across the segments too.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: str, image_token_id: int) -> None:
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self._special_ids = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        self._swallows_space = {index for index, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
         self._forbidden_ids = (set(tokenizer.all_special_ids) | {image_token_id}) - {tokenizer.unk_token_id}
         alone = self._encode("x")
         self._adds_space = alone != self._encode_anchored("x")
@@ -139,7 +210,15 @@ class SegmentTokenizer:
         ids = self._encode_anchored(text) if self._adds_space else self._encode(text)
         return ids[0] if len(ids) == 1 else None
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether the tokenizer never makes that id of plain text."""
+        return token_id in self._special_ids
+
     def _encode_piece(self, text: str, before: list[int], *, verbatim: bool) -> list[int]:
+        if before and before[-1] in self._swallows_space:
+            text = text.lstrip()
+            if not text:
+                return []
         follows_special = bool(before) and before[-1] in self._special_ids
         space_is_due = not before or (follows_special and self._adds_space_after_special)
         if self._adds_space and not space_is_due:
@@ -171,11 +250,24 @@ class SegmentTokenizer:
 
 
 class TextEncoder:
-    """A template and a tokenizer together: turns in, ids and labels out."""
+    """A template and a tokenizer together: turns in, ids and labels out.
+
+    Raises:
+        TemplateError: a token that the template wants to be learned anywhere is no single token of the tokenizer.
+    """
 
     def __init__(self, template: ConversationTemplate, segments: SegmentTokenizer) -> None:
         self.template = template
         self.segments = segments
+        self._learned_ids: set[int] = set()
+        for text in template.learned_anywhere:
+            token_id = segments.single_id(text)
+            if token_id is None:
+                raise TemplateError(
+                    f"template {template.name!r} with {template.config} learns {text!r} wherever it stands, but it is "
+                    "not one token of this tokenizer; leave the option out"
+                )
+            self._learned_ids.add(token_id)
 
     def encode(
         self, turns: Sequence[Turn], num_images: int, num_image_tokens: int, *, mode: Literal["train", "generate"]
@@ -186,7 +278,19 @@ class TextEncoder:
             TemplateError: the number of markers in the rendered text differs from `num_images`, or see `render`.
         """
         rendered = self._render(turns, num_images, add_generation_prompt=mode == "generate")
-        return self.segments.encode(rendered, num_image_tokens)
+        ids, labels = self.segments.encode(rendered, num_image_tokens)
+        if self._learned_ids:
+            labels = [
+                token if token in self._learned_ids else label for token, label in zip(ids, labels, strict=True)
+            ]
+        return ids, labels
+
+    def answer_start(self, turns: Sequence[Turn], num_image_tokens: int) -> int:
+        """Where the first answer of a training sequence begins: the length of the prompt that asks for it."""
+        first = next((index for index, turn in enumerate(turns) if turn.role == "assistant"), len(turns))
+        asked = turns[:first]
+        num_images = sum(turn.text.count(IMAGE_MARKER) for turn in asked)
+        return len(self.encode(asked, num_images, num_image_tokens, mode="generate")[0])
 
     def max_length(self, turns: Sequence[Turn], num_images: int, num_image_tokens: int) -> int:
         """An upper bound for the length of a training sequence: no tokenizer makes more tokens than UTF-8 bytes.
@@ -212,5 +316,20 @@ class TextEncoder:
         """The ids that end an answer: the tokenizer's end token, and the template's own if that is a single token."""
         tokenizer = self.segments.tokenizer
         ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        end_id = self.segments.single_id(self.template.end_text) if self.template.end_text else None
+        end_id = self._end_id()
         return ids if end_id is None or end_id in ids else [*ids, end_id]
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Texts that end an answer and that generation must look for in the text, not among the ids.
+
+        That is the newline of captions: tokenizers join it with what stands in front of it. Empty where a special
+        token ends the answer.
+        """
+        end_id = self._end_id()
+        if not self.template.end_text or (end_id is not None and self.segments.is_special(end_id)):
+            return []
+        return [self.template.end_text]
+
+    def _end_id(self) -> int | None:
+        return self.segments.single_id(self.template.end_text) if self.template.end_text else None

@@ -23,7 +23,7 @@ from llava_moe.config import GrowSection, NamedSection
 from llava_moe.model.assemble import check_checkpoint, fingerprint, whole_directory
 from llava_moe.model.configuration import LlavaMoeConfig
 from llava_moe.model.layout import StoredModel, empty_model
-from llava_moe.model.measuring import TOLERANCE, Agreement, Scratch, builtin_batches, compare, load_tools
+from llava_moe.model.measuring import TOLERANCE, Agreement, Scratch, builtin_batches, compare, load_tools, scratch_bytes
 from llava_moe.model.modeling import CheckpointError
 from llava_moe.model.offload import WHOLE_MODEL_BYTES, open_model
 from llava_moe.model.streaming import MAX_SHARD_BYTES, CheckpointWriter, TensorInfo, check_space
@@ -116,9 +116,10 @@ def grow(
         ValueError: the target cannot be reached.
     """
     plan = make_growth_plan(section, out)
-    check_space(out, sum(info.nbytes for info in plan.infos.values()))
     tools = load_tools(plan.parent.path, pictures=isinstance(plan.config, LlavaMoeConfig))
     batches = builtin_batches(tools, int(plan.config.get_text_config().max_position_embeddings))
+    checkpoint = sum(info.nbytes for info in plan.infos.values())
+    check_space(out, checkpoint + scratch_bytes(plan.config.get_text_config(), batches))
     with whole_directory(out) as partial:
         tools.save_pretrained(partial)
         _save_configs(plan, partial)

@@ -128,6 +128,13 @@ def _logits(model: Any, batch: Batch) -> Iterator[Tensor]:
         yield head(rows_RD).float()
 
 
+def scratch_bytes(text_config: Any, batches: Sequence[Batch]) -> int:
+    """What `compare` writes to its scratch folder, about: logits, and inputs and outputs of the layers on one batch."""
+    tokens = [batch["input_ids"].numel() for batch in batches]
+    layers = 2 * max(tokens) * text_config.hidden_size * text_config.num_hidden_layers
+    return int(4 * (sum(tokens) * text_config.vocab_size + layers))
+
+
 class Scratch:
     """Tensors that wait on disk until they are compared."""
 

@@ -38,6 +38,8 @@ _PATTERNS = (
     _Pattern("Wi", "Wi", "Wo"),  # ModernBERT's decoder: one matrix, gate rows first
     _Pattern(None, "linear_1", "linear_2"),  # the projector of LLaVA-1.5
 )
+# Families whose code fixes what others read from their config.
+_FIXED_ACTIVATIONS = {"lfm2": "silu", "lfm3": "silu"}
 _BLOCK_NAMES = ("mlp", "feed_forward", "ffn", "mlp_block")
 
 
@@ -59,6 +61,9 @@ def mlp_spec(block: nn.Module, activation: str) -> MlpSpec:
             f"{sorted(linears) or 'none'}; known patterns: {[sorted(p.children) for p in _PATTERNS]}. "
             "Add a pattern to llava_moe/model/sites.py"
         )
+    others = [name for name, _ in block.named_parameters() if name.split(".")[0] not in linears]
+    if others:
+        raise ValueError(f"{type(block).__name__} computes more than a feed-forward block: it also has {others}")
     up, down = linears[pattern.up], linears[pattern.down]
     biases = {linear.bias is not None for linear in linears.values()}
     if len(biases) != 1:
@@ -86,6 +91,8 @@ def activation_name(config: PretrainedConfig) -> str:
         name = getattr(config, key, None)
         if isinstance(name, str):
             return name
+    if config.model_type in _FIXED_ACTIVATIONS:
+        return _FIXED_ACTIVATIONS[config.model_type]
     raise ValueError(f"{type(config).__name__} names no activation (hidden_act, hidden_activation)")
 
 

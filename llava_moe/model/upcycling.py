@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from llava_moe.model.measuring import (
     compare,
     load_tools,
     logit_error,
+    scratch_bytes,
 )
 from llava_moe.model.modeling import CheckpointError
 from llava_moe.model.offload import WHOLE_MODEL_BYTES, open_model
@@ -80,19 +82,20 @@ def upcycle(
     plan = make_plan(section, out)
     if section.calibration is not None and samples is None:
         raise ValueError("upcycle.calibration is set, but nobody reads its samples; use llava_moe.upcycle.run")
-    check_space(out, sum(info.nbytes for info in plan.infos.values()))
     processor = load_tools(plan.parent.path, pictures=True)
     limit = int(plan.parent.config.text_config.max_position_embeddings)
     batches = builtin_batches(processor, limit) if samples is None else list(samples())
-    with whole_directory(out) as partial:
-        processor.save_pretrained(partial)
-        _save_configs(plan, partial)
-        with CheckpointWriter(partial, plan.infos, max_shard_bytes) as writer:
+    checkpoint = sum(info.nbytes for info in plan.infos.values())
+    check_space(out, checkpoint + scratch_bytes(plan.config.text_config, batches))
+    with whole_directory(out) as folder:
+        processor.save_pretrained(folder)
+        _save_configs(plan, folder)
+        with CheckpointWriter(folder, plan.infos, max_shard_bytes) as writer:
             exact = _write(plan, section.seed, batches, writer, whole_bytes)
-        agreement = _measure(plan, partial, batches, whole_bytes)
+        agreement = _measure(plan, folder, batches, whole_bytes)
         _check_exact(plan, exact, agreement)
         provenance = _provenance(section, plan, exact, agreement)
-        (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2))
+        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2))
     return provenance
 
 
@@ -115,9 +118,8 @@ def _write(plan: Plan, seed: int, batches: Sequence[Batch], writer: CheckpointWr
         bar = progress.add_task("upcycling", total=sum(len(part.blocks) for part in plan.parts) + 1)
         for part in plan.parts:
             for block, found in zip(part.blocks, _statistics(plan, part, seed, batches, whole_bytes), strict=True):
-                parents = plan.dense(block, part.upcycler)
+                parents = partial(plan.dense, block, part.upcycler)
                 made = make_layer(block, part.moe, part.upcycler, parents, generator, found)
-                del parents
                 exact &= made.exact
                 for name in list(made.tensors):
                     _write_pieces(plan, f"{block.path}.{name}", made.tensors.pop(name), writer)

@@ -8,7 +8,7 @@ weights that the upcycler replaces would double the memory of a layer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,16 @@ from llava_moe.model.configuration import MoePart
 from llava_moe.model.modeling import CheckpointError
 from llava_moe.model.sites import moe_layer
 from llava_moe.moe import MlpSpec, Router, RoutingContext, RoutingScope
-from llava_moe.moe.upcycling import Contract, Copy, DenseMlp, FromScratch, NeuronStatistics, Upcycler, split_shared
+from llava_moe.moe.upcycling import (
+    BranchTrainMix,
+    Contract,
+    Copy,
+    DenseMlp,
+    FromScratch,
+    NeuronStatistics,
+    Upcycler,
+    split_shared,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +72,14 @@ def make_layer(
     block: BlockPlan,
     part: MoePart,
     upcycler: Upcycler,
-    parents: Sequence[DenseMlp],
+    parents: Callable[[], Iterator[DenseMlp]],
     generator: torch.Generator,
     statistics: NeuronStatistics | None = None,
 ) -> MadeLayer:
     """Makes one layer; everything random in it comes from the generator, so no two layers start alike.
 
     Args:
-        parents: the dense blocks, in the dtype of the checkpoint.
+        parents: reads the dense blocks one by one, in the dtype of the checkpoint.
 
     Raises:
         ValueError: the upcycler refuses the block, the router or the kind of experts.
@@ -90,11 +99,11 @@ def make_layer(
     own = {name: tensor for name, tensor in layer.state_dict().items() if name not in provided}
     exact = router is not None and _keeps_function(layer, router, upcycler)
     if hasattr(layer.experts, "from_dense"):
-        tensors = {f"experts.{name}": tensor for name, tensor in layer.experts.from_dense(parents[0]).items()}
+        tensors = {f"experts.{name}": tensor for name, tensor in layer.experts.from_dense(next(parents())).items()}
     else:
         layer.experts.to("meta")
         tensors = _experts(block, upcycler, parents, generator, statistics, router)
-    tensors = {**own, **_shared(layer, part, upcycler, parents[0]), **tensors}
+    tensors = {**own, **_shared(layer, part, upcycler, parents), **tensors}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != block.shapes:
         wrong = sorted(name for name in found.keys() | block.shapes.keys() if found.get(name) != block.shapes.get(name))
@@ -108,16 +117,32 @@ def make_layer(
 def _experts(
     block: BlockPlan,
     upcycler: Upcycler,
-    parents: Sequence[DenseMlp],
+    parents: Callable[[], Iterator[DenseMlp]],
     generator: torch.Generator,
     statistics: NeuronStatistics | None,
     router: Router | None,
 ) -> dict[str, Tensor]:
+    if isinstance(upcycler, BranchTrainMix):
+        return {
+            f"experts.{name}": tensor for name, tensor in _one_by_one(block, upcycler, parents(), generator).items()
+        }
     # A router that also knows experts without computation counts more of them than the upcycler makes.
     given = router if upcycler.needs_router else None
-    made = upcycler(list(parents), block.spec, block.num_experts, generator, statistics, given)
+    made = upcycler(next(parents()), block.spec, block.num_experts, generator, statistics, given)
     experts, shared = split_shared(made)
     return {f"experts.{n}": t for n, t in experts.items()} | {f"shared.block.{n}": t for n, t in shared.items()}
+
+
+def _one_by_one(
+    block: BlockPlan, upcycler: BranchTrainMix, parents: Iterator[DenseMlp], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Expert e is made of parent e alone, so all parents need not be in memory beside all experts."""
+    made: dict[str, Tensor] = {}
+    for number, dense in enumerate(parents):
+        for name, tensor in upcycler(dense, block.spec, 1, generator).items():
+            stacked = made.setdefault(name, tensor.new_empty(block.num_experts, *tensor.shape[1:]))
+            stacked[number] = tensor[0]
+    return made
 
 
 def stacked_names(spec: MlpSpec) -> list[str]:
@@ -156,7 +181,9 @@ def _build(block: BlockPlan, part: MoePart, provided: set[str], generator: torch
     return layer.eval()
 
 
-def _shared(layer: Any, part: MoePart, upcycler: Upcycler, dense: DenseMlp) -> dict[str, Tensor]:
+def _shared(
+    layer: Any, part: MoePart, upcycler: Upcycler, parents: Callable[[], Iterator[DenseMlp]]
+) -> dict[str, Tensor]:
     """What shared experts start with that the upcycler does not make itself: so that they change nothing.
 
     A mean needs a copy of the dense block; a sum needs a block that returns zero, whose down projection learns first.
@@ -171,6 +198,7 @@ def _shared(layer: Any, part: MoePart, upcycler: Upcycler, dense: DenseMlp) -> d
     if layer.shared.config.mix != "mean":
         names = [name for name in ("down_proj", "down_bias") if getattr(block, name) is not None]
         return {f"shared.block.{name}": torch.zeros_like(getattr(block, name)) for name in names}
+    dense = next(parents())
     width = dense.down.shape[1]
     if layer.shared.spec.intermediate != width:
         raise ValueError(

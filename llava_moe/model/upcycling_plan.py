@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,11 +141,13 @@ class Plan:
     pieces: dict[str, tuple[Piece, ...]]
     kept: tuple[str, ...]
 
-    def dense(self, block: BlockPlan, upcycler: Upcycler) -> list[DenseMlp]:
-        """The dense blocks that an upcycler takes."""
-        if isinstance(upcycler, BranchTrainMix):
-            return [read_block(block, (source,)) for source in self.sources]
-        return [read_block(block, self.sources)]
+    def dense(self, block: BlockPlan, upcycler: Upcycler) -> Iterator[DenseMlp]:
+        """Reads the dense blocks that an upcycler takes, one by one."""
+        if not isinstance(upcycler, BranchTrainMix):
+            yield read_block(block, self.sources)
+            return
+        for source in self.sources:
+            yield read_block(block, (source,))
 
 
 def mean_of(key: str, sources: Sequence[StoredModel]) -> Tensor:

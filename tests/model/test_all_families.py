@@ -8,6 +8,7 @@ from typing import Any
 import llava_moe  # noqa: F401  before anything that may import torchvision
 
 import pytest  # isort: skip
+from huggingface_hub.errors import StrictDataclassError  # isort: skip
 import torch  # isort: skip
 from torch import nn  # isort: skip
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # isort: skip
@@ -23,16 +24,18 @@ _SMALL: dict[str, Any] = {
     "d_model": 32, "n_layers": 2, "n_heads": 4, "ffn_dim": 48, "num_layers": 2, "ffn_hidden_size": 48,
     "pad_token_id": 0,
 }  # fmt: skip
-# They match a pattern and compute something else; upcycling them is refused, because the result is measured.
-OTHERWISE: dict[str, str] = {}
+_REFUSALS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError)
+_LARGEST = 3_000_000  # families that do not know these keys would build their full-size default
 
 
 def tiny(model_type: str) -> nn.Module | None:
     """A tiny decoder of the family, or None where these sizes do not make one."""
     try:
         config = CONFIG_MAPPING[model_type](**_SMALL).get_text_config()
-        return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError):
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        return AutoModelForCausalLM.from_config(config) if size < _LARGEST else None
+    except (*_REFUSALS, StrictDataclassError):
         # each family refuses odd sizes in its own way; how many are left is asserted below
         return None
 
@@ -52,11 +55,10 @@ def difference(model: nn.Module) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.slow
 def test_exact_or_refused() -> None:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    exact, refused, otherwise = [], {}, {}
+    exact, refused, wrong = [], {}, {}
     for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         model = tiny(model_type)
         if model is None:
@@ -69,9 +71,10 @@ def test_exact_or_refused() -> None:
         if found <= 1e-5:
             exact.append(model_type)
         else:
-            otherwise[model_type] = found
-    assert otherwise.keys() == OTHERWISE.keys(), otherwise
-    assert len(exact) >= 65, exact
+            wrong[model_type] = found
+    assert not wrong, wrong
+    assert "ffn_sub_norm" in refused["bitnet"]
+    assert len(exact) >= 60, exact
     assert {
         "llama",
         "mistral",
@@ -84,5 +87,5 @@ def test_exact_or_refused() -> None:
         "olmo2",
         "stablelm",
     } <= set(exact)
-    assert all("found" in text or "linear children" in text or "names no activation" in text or "activation" in text
-               for text in refused.values()), refused  # fmt: skip
+    said = ("found ", "linear children are", "names no activation", "it also has", "but its spec asks for")
+    assert all(any(words in text for words in said) for text in refused.values()), refused

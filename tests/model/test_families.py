@@ -56,7 +56,11 @@ def test_save_and_load_is_bit_equal(tmp_path: Path, text: str, original_format: 
 
 @pytest.mark.parametrize(
     "section",
-    [{"layers": "all"}, {"experts": NamedSection("stacked", {"kernel": "loop"})}, {"num_experts": 1, "router": NamedSection("top_k", {"k": 1})}],
+    [
+        {"layers": "all"},
+        {"experts": NamedSection("stacked", {"kernel": "loop"})},
+        {"num_experts": 1, "router": NamedSection("top_k", {"k": 1})},
+    ],
     ids=["all-layers", "loop", "one-expert"],
 )
 def test_other_ways_to_upcycle_are_exact_too(tmp_path: Path, section: dict[str, Any]) -> None:

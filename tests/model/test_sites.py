@@ -81,7 +81,9 @@ def test_a_decoder_that_is_sparse_already_is_refused() -> None:
 
 def test_a_decoder_without_layers_is_refused() -> None:
     decoder = AutoModel.from_config(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
-    with pytest.raises(ValueError, match=r"no list of layers with a child mlp.*; found layers of MambaBlock \(norm, mixer\)"):
+    with pytest.raises(
+        ValueError, match=r"no list of layers with a child mlp.*; found layers of MambaBlock \(norm, mixer\)"
+    ):
         decoder_layers(decoder)
 
 

@@ -83,7 +83,7 @@ def count(kernel: str, index: Tensor, frozen: tuple[str, ...] = (), spec: str = 
     return products.total
 
 
-@pytest.mark.parametrize("kernel", ["loop", "grouped", "whole"])
+@pytest.mark.parametrize("kernel", ["loop", "blocks", "whole"])
 def test_empty_slots_cost_no_products(kernel: str) -> None:
     index, _ = random_slots(20, 2)
     padded = torch.cat([torch.full((20, 6), NUM_EXPERTS), index], dim=1)
@@ -91,14 +91,14 @@ def test_empty_slots_cost_no_products(kernel: str) -> None:
     assert count(kernel, index) == 3 * index.numel() * 3 * 8 * 12  # no more than forward, and twice that in backward
 
 
-@pytest.mark.parametrize("kernel", ["loop", "grouped", "whole", "batched"])
+@pytest.mark.parametrize("kernel", ["loop", "blocks", "whole", "batched"])
 def test_what_is_frozen_costs_no_products(kernel: str) -> None:
     index = torch.arange(20).remainder(NUM_EXPERTS).unsqueeze(1)  # even loads: nothing is padded
     one = index.numel() * 8 * 12
     everything = ("x", "weight", "first_EFD", "down_EDF")
     cost = {name: count(kernel, index, tuple(n for n in everything if n != name)) // one for name in everything}
     # By the combine weights: the sorted kernels do one product in place of keeping the output of the experts.
-    by_weight = 3 + (kernel in ("grouped", "whole"))
+    by_weight = 3 + (kernel in ("blocks", "whole"))
     assert cost == {"x": 3 + 3, "weight": by_weight, "first_EFD": 3 + 3, "down_EDF": 3 + 1}
     assert count(kernel, index, ("first_EFD", "down_EDF")) == (3 + 3) * one  # frozen experts, a router that learns
 
@@ -140,9 +140,9 @@ def test_the_body_for_gpus_asks_the_device_nothing(spec: str) -> None:
         run_sorted(x.requires_grad_(), index, weight, weights, "whole").sum().backward()
         assert x.grad.shape == x.shape
         assert all(t.grad.shape == t.shape for t in named.values())
-        for kernel in ("grouped", "batched"):
+        for kernel in ("blocks", "batched"):
             with pytest.raises(DataDependentOutputException):
-                KERNELS.get(kernel)(x, index, weight, weights)
+                KERNEL_CASES[kernel](x, index, weight, weights)
 
 
 def saved_bytes(output_of: Any, own: list[Tensor]) -> int:
@@ -162,7 +162,7 @@ def saved_bytes(output_of: Any, own: list[Tensor]) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("kernel", ["grouped", "whole"])
+@pytest.mark.parametrize("kernel", ["blocks", "whole"])
 @pytest.mark.parametrize("num_experts", [8, 32])
 def test_little_is_kept_for_the_backward(kernel: str, num_experts: int) -> None:
     """At most 0.6 of a dense block of as much work, and no more for finer experts."""

@@ -14,24 +14,24 @@ from llava_moe.moe import KERNELS, MlpSpec
 from llava_moe.moe.experts import ACTIVATIONS
 from llava_moe.moe.kernels import ExpertWeights, Kernel
 from llava_moe.moe.kernels import whole as whole_module
-from llava_moe.moe.kernels.grouped import choose_body, run_sorted
+from llava_moe.moe.kernels.grouped import BODIES, choose_body, run_sorted
 from llava_moe.registry import RegistryError
 from tests.moe.cases import NUM_EXPERTS, expert_weights, make_experts, random_slots
 from tests.moe.cases import SPECS as ALIKE
 from tests.reference import oracles
 
-# The GPU's body of the default kernel runs on a CPU too, where widths and dtype allow; it is tested as one more kernel.
+# The default kernel chooses between two bodies; here each of them is one more kernel.
 KERNEL_CASES: dict[str, Kernel] = {
     **{name: KERNELS.get(name) for name in KERNELS.names()},
-    "whole": partial(run_sorted, body="whole"),
+    **{body: partial(run_sorted, body=body) for body in BODIES},
 }
 SPECS = ALIKE | {"out": MlpSpec(8, 12, "quick_gelu", True, True, "gate_proj", "up_proj", "down_proj", out=4)}
 every_kernel = pytest.mark.parametrize("kernel", KERNEL_CASES)
-any_dtype = pytest.mark.parametrize("kernel", KERNELS.names())
+any_dtype = pytest.mark.parametrize("kernel", [name for name in KERNEL_CASES if name != "whole"])
 
 
 def pairs(*specs: str) -> pytest.MarkDecorator:
-    """Kernel and spec; the GPU's body refuses odd widths, and the default kernel does not choose it there."""
+    """Kernel and spec; `grouped_mm` refuses odd widths, so the default kernel does not choose that body there."""
     cases = [(kernel, spec) for kernel in KERNEL_CASES for spec in specs or SPECS if (kernel, spec) != ("whole", "odd")]
     return pytest.mark.parametrize(("kernel", "spec"), cases)
 
@@ -142,7 +142,7 @@ def test_without_tokens(kernel: str) -> None:
     weights = expert_weights(make_experts(SPECS["gated"]))
     index, weight = random_slots(0, 2)
     if kernel == "whole":  # never chosen for an empty batch
-        assert choose_body(torch.randn(0, 8, device="meta"), weights) == "blocks"
+        assert choose_body(torch.empty(0, 8, device="meta"), 0, weights) == "blocks"
         return
     found = run(kernel, torch.randn(0, 8), index, weight, weights)
     assert found["output"].shape == (0, 8)
@@ -171,7 +171,7 @@ def test_gradcheck(kernel: str, spec: str) -> None:
     named = fields_of(weights)
 
     def forward(x: Tensor, weight: Tensor, *leaves: Tensor) -> Tensor:
-        return KERNELS.get(kernel)(
+        return KERNEL_CASES[kernel](
             x, index, weight, dataclasses.replace(weights, **dict(zip(named, leaves, strict=True)))
         )
 
@@ -183,7 +183,7 @@ def test_gradcheck(kernel: str, spec: str) -> None:
 def test_second_derivatives(kernel: str) -> None:
     weights, (index, weight) = expert_weights(make_experts(SPECS["gated"])), random_slots(4, 2)
     x = torch.randn(4, 8, requires_grad=True)
-    (slope,) = torch.autograd.grad(KERNELS.get(kernel)(x, index, weight, weights).sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(KERNEL_CASES[kernel](x, index, weight, weights).sum(), x, create_graph=True)
     assert torch.autograd.grad(slope.sum(), x)[0].abs().sum() > 0
     y = KERNELS.get("grouped")(x, index, weight, weights)
     with pytest.raises(RuntimeError, match="no second derivative; use the kernel 'loop'"):
@@ -237,10 +237,10 @@ def test_inference(kernel: str, spec: str, grad_enabled: bool) -> None:
     weights, x = expert_weights(experts), torch.randn(12, 8)
     index, weight = random_slots(12, 2, empty=True)
     with torch.set_grad_enabled(grad_enabled):
-        found = KERNELS.get(kernel)(x, index, weight, weights)
+        found = KERNEL_CASES[kernel](x, index, weight, weights)
     assert not found.requires_grad
     with torch.inference_mode():
-        torch.testing.assert_close(KERNELS.get(kernel)(x, index, weight, weights), found)
+        torch.testing.assert_close(KERNEL_CASES[kernel](x, index, weight, weights), found)
     torch.testing.assert_close(found, run("loop", x, index, weight, weights)["output"])
 
 
@@ -264,11 +264,12 @@ def test_a_gradient_without_memory_of_its_own(kernel: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_body_is_chosen_by_dtype_width_and_device() -> None:
+def test_the_body_is_chosen_by_dtype_width_device_and_work() -> None:
     even, odd = expert_weights(make_experts(SPECS["gated"])), expert_weights(make_experts(SPECS["odd"]))
-    assert choose_body(torch.empty(3, 8), even) == "blocks"
-    assert choose_body(torch.empty(3, 8, device="meta"), even) == "whole"  # any device that is not a CPU
-    assert choose_body(torch.empty(3, 7, device="meta"), odd) == "blocks"
-    assert choose_body(torch.empty(3, 8, dtype=torch.float64, device="meta"), even) == "blocks"
+    assert choose_body(torch.empty(3, 8), 6, even) == "whole"
+    assert choose_body(torch.empty(3, 8), 10**6, even) == "blocks"
+    assert choose_body(torch.empty(3, 8, device="meta"), 10**6, even) == "whole"  # any device that is not a CPU
+    assert choose_body(torch.empty(3, 7, device="meta"), 6, odd) == "blocks"
+    assert choose_body(torch.empty(3, 8, dtype=torch.float64, device="meta"), 6, even) == "blocks"
     assert not whole_module.supported(torch.bfloat16, torch.empty(2, 24, 4))
     assert whole_module.supported(torch.bfloat16, torch.empty(2, 24, 8))

@@ -5,10 +5,9 @@
                activation nor the output of the experts, as autograd would (the idea of SonicMoE, arXiv 2512.14080)
 
 The matrix products are done by one of two bodies with the same result:
-    whole.py    one `grouped_mm` for each product over all slots; no host synchronisation where torch has a fused kernel
-                (CUDA, bfloat16, compute capability 9.0); elsewhere on CUDA torch's own fallback reads the offsets.
-    blocks.py   one expert after another, its rows in the cache; any dtype and width. The host knows the counts: on a
-                CPU it does anyway.
+    whole.py    one `grouped_mm` for each product over all slots. On CUDA in bfloat16 at compute capability 9.0 torch
+                has a fused kernel that leaves the loads on the device; elsewhere its own fallback may read them.
+    blocks.py   one expert after another, its rows in the cache; any dtype and width. The host reads the loads.
 Shapes: T tokens, D hidden, F expert width, H = 2F when gated else F, O output width, E experts, K slots, S = T x K.
 """
 
@@ -26,6 +25,7 @@ from llava_moe.moe.kernels.problem import Problem, Wanted
 from llava_moe.moe.kernels.slots import Slots, sort_slots
 
 BODIES = {"whole": whole, "blocks": blocks}
+_WORK_WORTH_A_LOOP = 2**23  # multiplications of one projection in an expert
 
 
 def grouped(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, weights: ExpertWeights) -> Tensor:
@@ -37,14 +37,19 @@ def grouped(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, weights: ExpertWe
     Raises:
         RuntimeError: in the backward, under `create_graph=True`; `loop` can be differentiated again.
     """
-    return run_sorted(x_TD, index_TK, weight_TK, weights, choose_body(x_TD, weights))
+    return run_sorted(x_TD, index_TK, weight_TK, weights, choose_body(x_TD, index_TK.numel(), weights))
 
 
-def choose_body(x_TD: Tensor, weights: ExpertWeights) -> str:
-    """A key of `BODIES`. On a CPU the blocks are faster for any number of experts (docs/lab_log.md)."""
-    if x_TD.device.type == "cpu" or x_TD.shape[0] == 0:
+def choose_body(x_TD: Tensor, num_slots: int, weights: ExpertWeights) -> str:
+    """A key of `BODIES` for T x K slots."""
+    if num_slots == 0 or not whole.supported(x_TD.dtype, weights.first_EFD, weights.down_EDF):
         return "blocks"
-    return "whole" if whole.supported(x_TD.dtype, weights.first_EFD, weights.down_EDF) else "blocks"
+    if x_TD.device.type != "cpu":
+        return "whole"
+    # On a CPU the loop over experts pays where an expert has work for its few dozen calls (docs/lab_log.md).
+    num_experts, _, width = weights.down_EDF.shape
+    work = num_slots * x_TD.shape[1] * width // num_experts
+    return "blocks" if work >= _WORK_WORTH_A_LOOP else "whole"
 
 
 def run_sorted(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, weights: ExpertWeights, body: str) -> Tensor:
