@@ -7,7 +7,6 @@ from typing import Any
 
 import llava_moe  # noqa: F401  before anything that may import torchvision
 
-import pytest  # isort: skip
 from huggingface_hub.errors import StrictDataclassError  # isort: skip
 import torch  # isort: skip
 from torch import nn  # isort: skip
