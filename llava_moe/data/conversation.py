@@ -280,9 +280,7 @@ class TextEncoder:
         rendered = self._render(turns, num_images, add_generation_prompt=mode == "generate")
         ids, labels = self.segments.encode(rendered, num_image_tokens)
         if self._learned_ids:
-            labels = [
-                token if token in self._learned_ids else label for token, label in zip(ids, labels, strict=True)
-            ]
+            labels = [token if token in self._learned_ids else label for token, label in zip(ids, labels, strict=True)]
         return ids, labels
 
     def answer_start(self, turns: Sequence[Turn], num_image_tokens: int) -> int:

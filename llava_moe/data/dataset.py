@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_moe.data.check import Source, raise_problems, read_sources
-from llava_moe.data.conversation import IGNORE_INDEX
 from llava_moe.data.feature_store import FeatureStore, image_key
 from llava_moe.data.image import load_image
 from llava_moe.data.processing import LlavaMoeProcessor
@@ -95,7 +94,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             )
         beyond = encoded["input_ids"][self.max_length :]
         cuts_image = bool((beyond == self.processor.image_token_id).any())
-        nothing_left = bool((encoded["labels"][: self.max_length] == IGNORE_INDEX).all())
+        nothing_left = self.processor.answer_start(sample.turns) >= self.max_length
         if overlong == "skip" or cuts_image or nothing_left:
             self._report["skipped_overlong"] += 1
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ class LlavaMoeProcessor(LlavaProcessor):
 
     Args:
         template: a name in `TEMPLATES`.
+        template_options: options of that template, see its `Config`.
         image_mode: a name in `IMAGE_MODES`.
         (the others as in `LlavaProcessor`)
 
@@ -47,6 +48,7 @@ class LlavaMoeProcessor(LlavaProcessor):
         num_additional_image_tokens: int = 0,
         template: str = "chat_template",
         image_mode: str = "square",
+        template_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         _check_parts(image_processor, tokenizer, patch_size, vision_feature_select_strategy, image_token)
@@ -65,8 +67,9 @@ class LlavaMoeProcessor(LlavaProcessor):
         )
         IMAGE_MODES.get(image_mode)
         self.template = template
+        self.template_options = dict(template_options or {})
         self.image_mode = image_mode
-        self._built: tuple[str, TextEncoder] | None = None
+        self._built: tuple[tuple[str, dict[str, Any]], TextEncoder] | None = None
         self._image_shape: tuple[int, int, int] | None = None
         self.text_encoder  # noqa: B018  a template that does not fit the tokenizer is refused now, not at the first sample
 
@@ -74,9 +77,16 @@ class LlavaMoeProcessor(LlavaProcessor):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> LlavaMoeProcessor:
-        """As in transformers, with the PIL image processor; `template=` and `image_mode=` override what was saved."""
-        own: dict[str, Any] = {key: kwargs.pop(key) for key in ("template", "image_mode") if key in kwargs}
+        """As in transformers, with the PIL image processor.
+
+        `template=`, `template_options=` and `image_mode=` override what was saved. Another template does not inherit
+        the options of the saved one.
+        """
+        names = ("template", "template_options", "image_mode")
+        own: dict[str, Any] = {key: kwargs.pop(key) for key in names if key in kwargs}
         processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "template" in own and own["template"] != processor_dict.get("template"):
+            own.setdefault("template_options", {})
         image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls.from_args_and_dict([image_processor, tokenizer], {**processor_dict, **own})
@@ -91,17 +101,23 @@ class LlavaMoeProcessor(LlavaProcessor):
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """The encoder of the present template; rebuilt after `template` was changed."""
-        if self._built is None or self._built[0] != self.template:
-            template = TEMPLATES.get(self.template)(self.tokenizer)
+        """The encoder of the present template; rebuilt after `template` or `template_options` was changed."""
+        wanted = (self.template, dict(self.template_options))
+        if self._built is None or self._built[0] != wanted:
+            template = TEMPLATES.get(self.template)(self.tokenizer, self.template_options)
             segments = SegmentTokenizer(self.tokenizer, self.image_token, self.image_token_id)
-            self._built = (self.template, TextEncoder(template, segments))
+            self._built = (wanted, TextEncoder(template, segments))
         return self._built[1]
 
     @property
     def stop_token_ids(self) -> list[int]:
         """The ids that end an answer."""
         return self.text_encoder.stop_token_ids
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Texts that end an answer without being a token of their own; `generate(stop_strings=..., tokenizer=...)`."""
+        return self.text_encoder.stop_strings
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -142,6 +158,10 @@ class LlavaMoeProcessor(LlavaProcessor):
     def max_encoded_length(self, turns: Sequence[Turn], num_images: int) -> int:
         """An upper bound for the length of `encode_text`, without tokenising; checks the template on the way."""
         return self.text_encoder.max_length(turns, num_images, self.num_image_tokens)
+
+    def answer_start(self, turns: Sequence[Turn]) -> int:
+        """Where the first answer begins in the ids of `encode_text`; shorter cuts leave nothing to learn."""
+        return self.text_encoder.answer_start(turns, self.num_image_tokens)
 
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """RGB images through the image mode and the image processor: (n, 3, H, W) float32."""
@@ -232,7 +252,11 @@ def _check_parts(image_processor: Any, tokenizer: Any, patch_size: Any, strategy
 
 
 def load_processor(
-    path: str | Path, *, template: str | None = None, image_mode: str | None = None
+    path: str | Path,
+    *,
+    template: str | None = None,
+    image_mode: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> LlavaMoeProcessor:
     """Loads the processor of a checkpoint directory: one of ours, or a stock llava-hf one.
 
@@ -242,6 +266,7 @@ def load_processor(
         path: a directory on disk.
         template: replaces the saved template.
         image_mode: replaces the saved image mode.
+        template_options: replace the saved options of the template.
 
     Raises:
         DataError: the directory or a file in it is missing, or the parts do not fit each other.
@@ -258,7 +283,7 @@ def load_processor(
         raise DataError(
             f"{path} holds no tokenizer (tokenizer_config.json); copy the tokenizer files of its language model"
         )
-    own = {"template": template, "image_mode": image_mode}
+    own = {"template": template, "image_mode": image_mode, "template_options": template_options}
     try:
         return LlavaMoeProcessor.from_pretrained(
             path, local_files_only=True, **{key: value for key, value in own.items() if value is not None}

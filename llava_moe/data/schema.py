@@ -1,7 +1,8 @@
 """The one record format: LLaVA's JSON (or jsonl) conversations, checked strictly.
 
 A record is `{"id", "image": str | list[str] (absent: text only), "conversations": [{"from": "human"|"gpt", "value"}]}`.
-Turns written as `{"role": "user"|"assistant", "content"}` are read too. Other keys are ignored. Records in the wild
+Turns written as `{"role": "user"|"assistant", "content"}` are read too, and the first may be a system message (`"from":
+"system"`), if the template has a place for one. Other keys are ignored. Records in the wild
 break these rules silently (images without a marker, two user turns in a row) and are usually trained on all the same;
 here each one is refused with its id.
 """
@@ -16,8 +17,14 @@ from typing import Any, Literal
 
 IMAGE_MARKER = "<image>"
 
-Role = Literal["user", "assistant"]
-_ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+Role = Literal["system", "user", "assistant"]
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 class DataError(ValueError):
@@ -34,7 +41,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One checked record: image files in the order of their markers, and alternating turns that end with an answer."""
+    """One checked record: image files in the order of their markers, and turns that end with an answer.
+
+    The turns alternate, the user first; a system message may stand in front of them.
+    """
 
     id: str
     images: tuple[Path, ...]
@@ -105,19 +115,21 @@ def parse_record(record: dict[str, Any], image_folder: Path, source: str) -> Sam
     images = _image_paths(record.get("image"), Path(image_folder), where)
     turns = parse_turns(record.get("conversations"), where)
     if turns[-1].role != "assistant":
-        raise DataError(f"{where}: the last turn is from the user; end the conversation with an answer (from: gpt)")
+        raise DataError(
+            f"{where}: the last turn is from the {turns[-1].role}; end the conversation with an answer (from: gpt)"
+        )
     return Sample(id=str(sample_id), images=images, turns=place_markers(turns, len(images), where), source=source)
 
 
 def parse_turns(conversations: Any, where: str) -> tuple[Turn, ...]:
-    """Reads LLaVA or role/content turns: user first, then strictly alternating.
+    """Reads LLaVA or role/content turns: user first, then strictly alternating; a system message may come first.
 
     Raises:
         DataError: an empty or malformed conversation, an unknown role, or two turns of one role in a row.
     """
     if not isinstance(conversations, list) or not conversations:
         raise DataError(f"{where}: 'conversations' must be a list with at least one turn")
-    turns = []
+    turns: list[Turn] = []
     for index, message in enumerate(conversations):
         if not isinstance(message, dict):
             raise DataError(
@@ -130,15 +142,16 @@ def parse_turns(conversations: Any, where: str) -> tuple[Turn, ...]:
         if not isinstance(text, str):
             raise DataError(f"{where}: turn {index} has no text; 'value' must be a string, found {type(text).__name__}")
         turn = Turn(role=_ROLES[role_name], text=text)
-        expected: Role = "user" if index % 2 == 0 else "assistant"
-        if turn.role != expected:
+        expected: Role = "assistant" if turns and turns[-1].role == "user" else "user"
+        if turn.role != expected and not (turn.role == "system" and index == 0):
             raise DataError(
-                f"{where}: turn {index} is from {role_name!r} where the {expected} should speak; "
-                "a conversation starts with the user and roles alternate - remove or merge turns"
+                f"{where}: turn {index} is from {role_name!r} where the {expected} should speak; a conversation starts "
+                "with the user (or one system message) and roles alternate - remove or merge turns"
             )
-        if turn.role == "assistant" and IMAGE_MARKER in text:
+        if turn.role != "user" and IMAGE_MARKER in text:
+            kind = "an answer" if turn.role == "assistant" else "a system message"
             raise DataError(
-                f"{where}: turn {index} is an answer that contains {IMAGE_MARKER}; markers belong to user turns"
+                f"{where}: turn {index} is {kind} that contains {IMAGE_MARKER}; markers belong to user turns"
             )
         turns.append(turn)
     return tuple(turns)

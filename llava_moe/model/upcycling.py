@@ -223,8 +223,5 @@ def count_parameters(model: Any) -> dict[str, int]:
     idle = 0.0
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            num_ffn = layer.experts.kinds.count("ffn")
-            own = [p for n, p in layer.experts.named_parameters() if not n.startswith(("base_", "constant_"))]
-            expert = sum(p.numel() for p in own) / num_ffn
-            idle += expert * max(num_ffn - layer.router.active_experts, 0.0)
+            idle += layer.experts.idle_parameters(layer.router.active_experts)
     return {"total": total, "active": total - round(idle)}

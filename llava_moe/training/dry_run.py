@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModel
 from transformers import logging as transformers_logging
 
 from llava_moe.config import RunConfig
-from llava_moe.model.configuration import LlavaMoeConfig, MoeSection
+from llava_moe.model.configuration import LlavaMoeConfig
+from llava_moe.model.layout import empty_model
 from llava_moe.model.modeling import LlavaMoeForConditionalGeneration
-from llava_moe.model.upcycling import count_parameters, moe_part
-from llava_moe.moe import UPCYCLERS
+from llava_moe.model.upcycling import count_parameters
+from llava_moe.model.upcycling_plan import build_upcycler, sparse_config
 from llava_moe.training.arguments import check_deepspeed_file, training_arguments
 from llava_moe.training.controllers import Controllers, check_options, moe_layers
 from llava_moe.training.objective import Balance
@@ -32,8 +33,8 @@ def describe(source: str, config: RunConfig) -> str:
     arguments = training_arguments(dataclasses.replace(config, deepspeed=None))
     Balance.build(config.balance)
     check_options(config.balance)
-    for part in () if config.upcycle is None else config.upcycle.parts().values():
-        UPCYCLERS.get(part.upcycler.name).build(part.upcycler.args)
+    for name, part in () if config.upcycle is None else config.upcycle.parts().items():
+        build_upcycler(part, name)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     lines = [
         f"# {source} (dry run)",
@@ -67,18 +68,16 @@ def _parameters(config: RunConfig) -> str:
 def _shape(config: RunConfig) -> LlavaMoeConfig:
     """The config of the model that the run would train."""
     if config.upcycle is not None:
-        dense: Any = AutoConfig.from_pretrained(config.upcycle.parent)
-        counts = {
-            "decoder": dense.text_config.num_hidden_layers,
-            "vision": getattr(dense.vision_config, "num_hidden_layers", 0),
-            "projector": 1,
-        }
-        section = MoeSection(**{n: moe_part(p, n, counts[n]) for n, p in config.upcycle.parts().items()})
-        return LlavaMoeConfig.from_dict({**dense.to_dict(), "moe": section.to_dict()})
+        return sparse_config(config.upcycle, empty_model(_read(config.upcycle.parent)))
     if config.model.checkpoint is not None:
-        found: Any = AutoConfig.from_pretrained(config.model.checkpoint)
-        return LlavaMoeConfig.from_dict({k: v for k, v in found.to_dict().items() if k != "model_type"})
+        return _read(config.model.checkpoint)
     return _assembled_shape(config)
+
+
+def _read(checkpoint: str) -> LlavaMoeConfig:
+    """The config of a checkpoint of ours or of a stock one."""
+    found: Any = AutoConfig.from_pretrained(checkpoint)
+    return LlavaMoeConfig.from_dict({k: v for k, v in found.to_dict().items() if k != "model_type"})
 
 
 def _assembled_shape(config: RunConfig) -> LlavaMoeConfig:

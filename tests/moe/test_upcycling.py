@@ -246,7 +246,7 @@ def test_a_block_with_another_output_width_can_be_upcycled() -> None:
         total = torch.stack([expert.output(x, narrow) for expert in experts]).sum(0)
         expected = dense.output(x, spec) * (NUM_EXPERTS if name == "copy" else 1)
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
-        again = stack(experts, narrow)
+        again = stack(experts, NUM_EXPERTS, narrow)
         assert all(torch.equal(again[key], tensors[key]) for key in tensors)
 
 

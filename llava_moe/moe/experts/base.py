@@ -77,9 +77,9 @@ class Experts(nn.Module, Component, ABC):
         return True
 
     def idle_parameters(self, active: float) -> float:
-        """Parameters that a token does not touch when it uses `active` of the E experts, in the mean over the kinds."""
+        """Parameters that a token does not touch when it uses `active` feed-forward experts."""
         own = sum(p.numel() for name, p in self.named_parameters() if self.belongs_to_one_expert(name))
-        return own * max(0.0, 1 - active / self.num_experts)
+        return own * max(0.0, 1 - active / self.kinds.count("ffn"))
 
     def every(self, x_TD: Tensor) -> Tensor:
         """The output of every expert on every token, (T, E, D): E times the work of one expert."""

@@ -41,55 +41,61 @@ class Wanted(NamedTuple):
 
 
 class Pointwise(NamedTuple):
-    """The activation and whether it is gated."""
+    """The activation, which returns new memory, and whether it is gated."""
 
     activation: Activation
     gated: bool
 
     def forward(self, hidden_SH: Tensor, weight_S: Tensor) -> Tensor:
         """(S, H) to w a, (S, F)."""
-        return self._weighted(self._parts(hidden_SH)[1], weight_S)
+        if self.gated:
+            gate_SF, up_SF = hidden_SH.chunk(2, dim=-1)
+            product_SF = self.activation(gate_SF).mul_(up_SF)
+        else:
+            product_SF = self.activation(hidden_SH)
+        return product_SF.mul_(weight_S.unsqueeze(-1))
 
     def backward(
-        self, hidden_SH: Tensor, grad_SF: Tensor | None, weight_S: Tensor, wanted: Wanted
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self,
+        hidden_SH: Tensor,
+        grad_SF: Tensor | None,
+        weight_S: Tensor,
+        wanted: Wanted,
+        product_SF: Tensor,
+        grad_hidden_SH: Tensor,
+    ) -> Tensor | None:
         """What the rest of the backward needs, each part only where it is wanted.
 
         Args:
             grad_SF: gradient by w a, None if `wanted.product` is not set; its memory is used up.
+            product_SF: memory for w a, filled if `wanted.down` is set.
+            grad_hidden_SH: memory for the gradient by h, filled if `wanted.hidden` is set.
 
         Returns:
-            w a (S, F); the gradient by h (S, H); the gradient by w (S,), in float32 at least.
+            The gradient by w (S,), in float32 at least, if `wanted.weight` is set.
         """
-        act_SF, plain_SF = self._parts(hidden_SH)
-        grad_w_S, grad_h_SH = None, None
-        if grad_SF is not None and wanted.weight:
-            grad_w_S = (grad_SF * plain_SF).sum(-1, dtype=torch.promote_types(grad_SF.dtype, torch.float32))
-        if grad_SF is not None and wanted.hidden:
-            grad_SF = grad_SF.mul_(weight_S.unsqueeze(-1))
-            grad_h_SH = torch.empty_like(hidden_SH)
-            if self.gated:
-                gate_SF, up_SF = hidden_SH.chunk(2, dim=-1)
-                grad_gate_SF, grad_up_SF = grad_h_SH.chunk(2, dim=-1)
-                torch.mul(grad_SF, act_SF, out=grad_up_SF)
-                derive(self.activation, grad_SF.mul_(up_SF), gate_SF, grad_gate_SF)
-            else:
-                derive(self.activation, grad_SF, hidden_SH, grad_h_SH)
-        return self._weighted(plain_SF, weight_S) if wanted.down else None, grad_h_SH, grad_w_S
-
-    def _parts(self, hidden_SH: Tensor) -> tuple[Tensor, Tensor]:
-        """act(g) and a; one and the same where there is no gate."""
-        if not self.gated:
-            act_SF = self.activation(hidden_SH)
-            return act_SF, act_SF
-        gate_SF, up_SF = hidden_SH.chunk(2, dim=-1)
-        act_SF = self.activation(gate_SF)
-        return act_SF, act_SF * up_SF
-
-    def _weighted(self, plain_SF: Tensor, weight_S: Tensor) -> Tensor:
-        # In place only where the memory is surely ours: an activation may return its argument.
         weight_S1 = weight_S.unsqueeze(-1)
-        return plain_SF.mul_(weight_S1) if self.gated else plain_SF * weight_S1
+        if self.gated:
+            gate_SF, up_SF = hidden_SH.chunk(2, dim=-1)
+            grad_gate_SF, grad_up_SF = grad_hidden_SH.chunk(2, dim=-1)
+            act_SF = self.activation(gate_SF)
+            plain_SF = torch.mul(act_SF, up_SF, out=product_SF)
+        else:
+            gate_SF, grad_gate_SF = hidden_SH, grad_hidden_SH
+            act_SF = plain_SF = self.activation(hidden_SH)
+        grad_w_S = None
+        if grad_SF is not None and wanted.weight:
+            terms_SF = torch.mul(grad_SF, plain_SF, out=grad_gate_SF)
+            grad_w_S = terms_SF.sum(-1, dtype=torch.promote_types(grad_SF.dtype, torch.float32))
+        if wanted.down:
+            torch.mul(plain_SF, weight_S1, out=product_SF)
+        if grad_SF is not None and wanted.hidden:
+            grad_SF.mul_(weight_S1)
+            if self.gated:
+                torch.mul(grad_SF, act_SF, out=grad_up_SF)
+                grad_SF.mul_(up_SF)
+            derive(self.activation, grad_SF, gate_SF, grad_gate_SF)
+        return grad_w_S
 
 
 def derive(activation: Activation, grad: Tensor, x: Tensor, out: Tensor) -> None:

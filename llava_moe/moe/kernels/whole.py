@@ -39,26 +39,25 @@ def forward(problem: Problem, keep: bool) -> tuple[Tensor, Tensor]:
 
 def backward(problem: Problem, hidden_SH: Tensor, grad_TO: Tensor, wanted: Wanted) -> Gradients:
     """Every gradient that is wanted."""
-    slots, first, bias, down = problem.slots, None, None, None
-    x_TD, weight_TK = None, None
+    slots = problem.slots
     grad_SO = grad_TO.index_select(0, slots.token_S)
     grad_SF = grouped_mm(grad_SO, problem.down_EOF, offs=slots.ends_E) if wanted.product else None
-    scaled_SF, grad_SH, grad_S = problem.pointwise.backward(hidden_SH, grad_SF, problem.weight_S, wanted)
+    product_SF = hidden_SH.new_empty(hidden_SH.shape[0], problem.down_EOF.shape[2])
+    grad_SH = torch.empty_like(hidden_SH)
+    grad_S = problem.pointwise.backward(hidden_SH, grad_SF, problem.weight_S, wanted, product_SF, grad_SH)
     del grad_SF
-    if scaled_SF is not None:
-        down = _by_expert(grad_SO, scaled_SF, slots)
-    del grad_SO, scaled_SF
-    if grad_S is not None:
-        weight_TK = grad_S[slots.place_TK].masked_fill_(_empty(slots), 0.0)
-    if grad_SH is not None:
-        if wanted.x:
-            x_TD = _sum_slots(grouped_mm(grad_SH, problem.first_EHD, offs=slots.ends_E), slots)
-        if wanted.first:
-            first = _by_expert(grad_SH, problem.x_TD.index_select(0, slots.token_S), slots)
-        if wanted.bias:
-            # A sum over rows is a product with ones, as wide as the alignment asks: no atomic additions.
-            ones = grad_SH.new_ones(grad_SH.shape[0], _ALIGNMENT_BYTES // grad_SH.element_size())
-            bias = _by_expert(grad_SH, ones, slots)[..., 0].contiguous()
+    down = _by_expert(grad_SO, product_SF, slots) if wanted.down else None
+    del grad_SO, product_SF
+    weight_TK = None if grad_S is None else grad_S[slots.place_TK].masked_fill_(_empty(slots), 0.0)
+    x_TD, first, bias = None, None, None
+    if wanted.x:
+        x_TD = _sum_slots(grouped_mm(grad_SH, problem.first_EHD, offs=slots.ends_E), slots)
+    if wanted.first:
+        first = _by_expert(grad_SH, problem.x_TD.index_select(0, slots.token_S), slots)
+    if wanted.bias:
+        # A sum over rows is a product with ones, as wide as the alignment asks: no atomic additions.
+        ones = grad_SH.new_ones(grad_SH.shape[0], _ALIGNMENT_BYTES // grad_SH.element_size())
+        bias = _by_expert(grad_SH, ones, slots)[..., 0].contiguous()
     return Gradients(x_TD, weight_TK, first, bias, down)
 
 

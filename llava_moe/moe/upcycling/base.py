@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -131,16 +131,21 @@ class DenseMlp:
         return linear(self.hidden(x_TD, spec), self.down.float(), down_bias)
 
 
-def stack(experts: Sequence[DenseMlp], spec: MlpSpec) -> dict[str, Tensor]:
-    """Blocks of one shape as the state dict of `StackedExperts`; the result owns its memory."""
+def stack(experts: Iterable[DenseMlp], num_experts: int, spec: MlpSpec) -> dict[str, Tensor]:
+    """Blocks of one shape as the state dict of `StackedExperts`; the result owns its memory.
+
+    One block after the other is copied into its place, so that a generator never holds two of them.
+    """
     first = "gate_up" if spec.gated else "up"
-    tensors = {
-        f"{first}_proj": torch.stack([expert.first for expert in experts]),
-        "down_proj": torch.stack([expert.down for expert in experts]),
-    }
-    if spec.bias:
-        tensors[f"{first}_bias"] = torch.stack([e.first_bias for e in experts if e.first_bias is not None])
-        tensors["down_bias"] = torch.stack([e.down_bias for e in experts if e.down_bias is not None])
+    tensors: dict[str, Tensor] = {}
+    for place, expert in enumerate(experts):
+        pieces = {f"{first}_proj": expert.first, "down_proj": expert.down}
+        if expert.first_bias is not None and expert.down_bias is not None:
+            pieces |= {f"{first}_bias": expert.first_bias, "down_bias": expert.down_bias}
+        for name, piece in pieces.items():
+            if name not in tensors:
+                tensors[name] = piece.new_empty(num_experts, *piece.shape)
+            tensors[name][place] = piece
     return tensors
 
 

@@ -23,7 +23,7 @@ class BranchTrainMix(Upcycler):
         return num_experts
 
     def experts(self, job: UpcycleJob) -> dict[str, Tensor]:
-        return stack(job.parents, job.spec)
+        return stack(job.parents, len(job.parents), job.spec)
 
 
 def mean_tensor(tensors: Sequence[Tensor]) -> Tensor:

@@ -20,4 +20,4 @@ class Copy(Upcycler):
     contract = Contract.EXACT_ANY_ROUTER
 
     def experts(self, job: UpcycleJob) -> dict[str, Tensor]:
-        return stack([job.dense] * job.num_experts, job.spec)
+        return stack([job.dense] * job.num_experts, job.num_experts, job.spec)

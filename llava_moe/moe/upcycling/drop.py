@@ -52,7 +52,7 @@ class Drop(Upcycler):
             self.contract = Contract.EXACT_ANY_ROUTER
 
     def experts(self, job: UpcycleJob) -> dict[str, Tensor]:
-        tensors = stack([job.dense] * job.num_experts, job.spec)
+        tensors = stack([job.dense] * job.num_experts, job.num_experts, job.spec)
         redraw_neurons(tensors, job.spec, self.config.ratio, self.config.indices == "shared", job.generator)
         return tensors
 

@@ -31,7 +31,7 @@ class FromScratch(Upcycler):
             raise ValueError(f"upcycler from_scratch: std={config.std} must be above 0")
 
     def experts(self, job: UpcycleJob) -> dict[str, Tensor]:
-        tensors = stack([job.dense] * job.num_experts, job.spec)
+        tensors = stack([job.dense] * job.num_experts, job.num_experts, job.spec)
         for name, tensor in tensors.items():
             if name.endswith("_bias"):
                 tensor.zero_()

@@ -43,7 +43,7 @@ class Noise(Upcycler):
             self.contract = Contract.EXACT_ANY_ROUTER
 
     def experts(self, job: UpcycleJob) -> dict[str, Tensor]:
-        tensors = stack([job.dense] * job.num_experts, job.spec)
+        tensors = stack([job.dense] * job.num_experts, job.num_experts, job.spec)
         if self.contract is Contract.EXACT_ANY_ROUTER:
             return tensors
         for name, tensor in tensors.items():

@@ -118,9 +118,9 @@ class Partition(Upcycler):
             shared, share = job.dense.take(split.shared_S, job.spec), 0.0
         routed = [job.dense.take(neurons, job.spec).scaled(1.0, share) for neurons in split.routed_EM]
         factor = self._factor(job, routed, shared)
-        tensors = stack([expert.scaled(factor, factor) for expert in routed], job.spec)
+        tensors = stack((expert.scaled(factor, factor) for expert in routed), len(routed), job.spec)
         if shared is not None:
-            tensors |= {SHARED_PREFIX + name: tensor for name, tensor in stack([shared], job.spec).items()}
+            tensors |= {SHARED_PREFIX + name: tensor for name, tensor in stack([shared], 1, job.spec).items()}
         return tensors
 
     def _factor(self, job: UpcycleJob, routed: list[DenseMlp], shared: DenseMlp | None) -> float:

@@ -18,6 +18,7 @@ Shapes: E experts, F dense width, G shards.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,16 +116,19 @@ class VirtualGroup(Upcycler):
         # Together the shards of a replica have G times the bias, with the factor s / G on top.
         dense = dense.scaled(1.0, bias=scale / G)
         dense = dense.scaled(scale, bias=1.0) if self.config.scaling == "down" else _spread(dense, scale, spec)
-        neurons_F = torch.arange(spec.intermediate)
-        shards = []
-        for _ in range(job.num_experts // G):
-            if self.config.shuffle:
-                generator = job.generator
-                neurons_F = torch.randperm(spec.intermediate, generator=generator, device=generator.device)
-            shards += [dense.take(neurons, spec) for neurons in neurons_F.reshape(G, -1)]
-        tensors = stack(shards, spec)
+        shards = (dense.take(neurons, spec) for neurons in self._neurons(job))
+        tensors = stack(shards, job.num_experts, spec)
         redraw_neurons(tensors, shard, self.config.redraw, True, job.generator)
         return tensors
+
+    def _neurons(self, job: UpcycleJob) -> Iterator[Tensor]:
+        """The neurons of each expert, replica after replica."""
+        neurons_F = torch.arange(job.spec.intermediate)
+        for _ in range(job.num_experts // self.config.granularity):
+            if self.config.shuffle:
+                generator = job.generator
+                neurons_F = torch.randperm(job.spec.intermediate, generator=generator, device=generator.device)
+            yield from neurons_F.reshape(self.config.granularity, -1)
 
 
 def _spread(dense: DenseMlp, scale: float, spec: MlpSpec) -> DenseMlp:

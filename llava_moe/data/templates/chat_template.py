@@ -1,13 +1,9 @@
-"""The conversation templates a recipe can name.
-
-`plain` and `v1` reproduce LLaVA-1.5 (caption pretraining and Vicuna chat), `chatml` is what Qwen-style tokenizers use,
-and `chat_template` renders whatever Jinja template the tokenizer ships.
-"""
+"""`chat_template`: whatever Jinja template the tokenizer ships."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jinja2
@@ -15,124 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_moe.data.conversation import ConversationTemplate, Segment, TemplateError
 from llava_moe.data.schema import IMAGE_MARKER, Turn
-from llava_moe.registry import Registry
-
-TEMPLATES: Registry[type[ConversationTemplate]] = Registry("conversation template")
-
-VICUNA_SYSTEM_PROMPT = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-# Stock tools hand over a message either as a string or as a list of image and text parts.
-_JINJA_FLATTEN = (
-    "{%- macro flatten(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
-    "{%- for part in content -%}{%- if part['type'] == 'image' -%}{{ '<image>\\n' }}"
-    "{%- else -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-)
+from llava_moe.data.templates.registry import TEMPLATES
 
 
-@TEMPLATES.register("plain")
-class PlainTemplate(ConversationTemplate):
-    """Caption pretraining (LLaVA, stage 1): the question is thrown away, the image is followed by its caption."""
-
-    name: ClassVar[str] = "plain"
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(tokenizer)
-        self.end_text = "\n"
-
-    def _render(self, turns: Sequence[Turn]) -> list[Segment]:
-        markers = IMAGE_MARKER * turns[0].text.count(IMAGE_MARKER)
-        if len(turns) > 2 or not markers:
-            raise TemplateError(
-                f"template 'plain' holds one image question and its caption, found {len(turns)} turn(s) and "
-                f"{len(markers) // len(IMAGE_MARKER)} image(s) in the first; use another template for chats"
-            )
-        segments = [Segment(markers, is_target=False)]
-        # one segment: tokenizers join a full stop and the newline behind it
-        segments += [Segment(f"{turn.text}\n", is_target=True, is_verbatim=True) for turn in turns[1:]]
-        return segments
-
-
-@TEMPLATES.register("v1")
-class VicunaTemplate(ConversationTemplate):
-    """Vicuna v1.1 as LLaVA-1.5 uses it: `SYSTEM USER: question ASSISTANT: answer</s>USER: ...`."""
-
-    name: ClassVar[str] = "v1"
-    jinja: ClassVar[str | None] = (
-        _JINJA_FLATTEN + f'{{{{- "{VICUNA_SYSTEM_PROMPT} " -}}}}'
-        "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
-        "{{- 'USER: ' + flatten(message['content']) + ' ' -}}"
-        "{%- elif message['role'] == 'assistant' -%}"
-        "{{- 'ASSISTANT: ' + flatten(message['content']) + eos_token -}}"
-        "{%- else -%}{{- raise_exception('the v1 template has a fixed system prompt') -}}{%- endif -%}{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
-    )
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(tokenizer)
-        if tokenizer.eos_token is None:
-            raise TemplateError(
-                "template 'v1' ends answers with the tokenizer's eos_token, and this tokenizer has none"
-            )
-        self._require_token(tokenizer.eos_token)
-
-    def _render(self, turns: Sequence[Turn]) -> list[Segment]:
-        segments: list[Segment] = []
-        for turn in turns:
-            # the space goes with the text behind it, as in every tokenizer's own pre-tokenisation
-            if turn.role == "user":
-                header = f"{VICUNA_SYSTEM_PROMPT} USER:" if not segments else "USER:"
-                segments += [
-                    Segment(header, is_target=False),
-                    Segment(f" {turn.text}", is_target=False, is_verbatim=True),
-                    Segment(" ASSISTANT:", is_target=False),
-                ]
-            else:
-                segments += [
-                    Segment(f" {turn.text}", is_target=True, is_verbatim=True),
-                    Segment(str(self.end_text), is_target=True),
-                ]
-        return segments
-
-
-@TEMPLATES.register("chatml")
-class ChatMLTemplate(ConversationTemplate):
-    """ChatML without a system prompt; the newline behind `<|im_end|>` belongs to the format and is never learned."""
-
-    name: ClassVar[str] = "chatml"
-    jinja: ClassVar[str | None] = (
-        _JINJA_FLATTEN + "{%- for message in messages -%}"
-        "{{- '<|im_start|>' + message['role'] + '\\n' + flatten(message['content']) + '<|im_end|>\\n' -}}"
-        "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-    )
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(tokenizer)
-        self._require_token("<|im_start|>")
-        self._require_token("<|im_end|>")
-        self.end_text = "<|im_end|>"
-
-    def _render(self, turns: Sequence[Turn]) -> list[Segment]:
-        segments: list[Segment] = []
-        for turn in turns:
-            if turn.role == "user":
-                segments += [
-                    Segment("<|im_start|>user\n", is_target=False),
-                    Segment(turn.text, is_target=False, is_verbatim=True),
-                    Segment("<|im_end|>\n<|im_start|>assistant\n", is_target=False),
-                ]
-            else:
-                segments += [
-                    Segment(turn.text, is_target=True, is_verbatim=True),
-                    Segment("<|im_end|>", is_target=True),
-                    Segment("\n", is_target=False),
-                ]
-        return segments
-
-
-@TEMPLATES.register("chat_template")
 class ShippedChatTemplate(ConversationTemplate):
     """The Jinja template that the tokenizer ships.
 
@@ -143,8 +24,8 @@ class ShippedChatTemplate(ConversationTemplate):
 
     name: ClassVar[str] = "chat_template"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(tokenizer, options)
         if not tokenizer.chat_template:
             raise TemplateError(
                 "template 'chat_template' was asked for, but the checkpoint ships none; "
@@ -187,7 +68,7 @@ class ShippedChatTemplate(ConversationTemplate):
             if texts is None:
                 return text
             texts.append(text)
-            return f"\ue000{len(texts) - 1}\ue001"
+            return _stand_in(len(texts) - 1)
 
         messages = []
         for turn in turns:
@@ -214,7 +95,9 @@ class ShippedChatTemplate(ConversationTemplate):
             )
         return prompt, full[len(prompt) :]
 
-    def _render(self, turns: Sequence[Turn]) -> list[Segment]:
+    def _render(self, system: str | None, turns: Sequence[Turn]) -> list[Segment]:
+        head = [] if system is None else [Turn("system", system)]
+        turns = [*head, *turns]
         texts: list[str] = []
         rendered = self._apply(self._messages(turns, texts), turns[-1].role == "user")
         actual = self._apply(self._messages(turns, None), turns[-1].role == "user")
@@ -222,9 +105,13 @@ class ShippedChatTemplate(ConversationTemplate):
             raise TemplateError(
                 f"{self._described} rewrites the text of messages; choose another template for these records"
             )
+        if head and _stand_in(0) not in rendered:
+            raise TemplateError(
+                f"{self._described} leaves the system message out; remove it or choose another template"
+            )
         segments: list[Segment] = []
         done = ""
-        for index in range(1, len(turns), 2):
+        for index in range(len(head) + 1, len(turns), 2):
             prompt, added = self._render_pair(turns[:index], turns[index])
             segments += self._split(self._beyond(done, prompt), texts)
             segments += self._answer(self._split(added, texts), is_training=turns[-1].role == "assistant")
@@ -264,3 +151,8 @@ class ShippedChatTemplate(ConversationTemplate):
             spaces = segments[-1].text[len(own) :]
             segments[-1:] = [Segment(own, False), Segment(spaces + texts[int(piece)], False, is_verbatim=True)]
         return [segment for segment in segments if segment.text] or [Segment("", is_target=False)]
+
+
+def _stand_in(index: int) -> str:
+    """What is rendered for the text of that index: private-use characters, which no template treats specially."""
+    return f"\ue000{index}\ue001"
