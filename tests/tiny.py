@@ -183,6 +183,7 @@ def tiny_siglip_processor(
     image_size: int = 16,
     patch_size: int = 8,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    template_options: dict[str, object] | None = None,
 ) -> LlavaMoeProcessor:
     """A processor for a SigLIP-like tower: (image_size / patch_size) ** 2 tokens for each image, strategy "full"."""
     image_processor = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
@@ -193,6 +194,7 @@ def tiny_siglip_processor(
         vision_feature_select_strategy="full",
         template=template,
         image_mode=image_mode,
+        template_options=template_options,
     )
 
 

@@ -11,7 +11,13 @@ from llava_moe.data.processing import LlavaMoeProcessor, load_processor
 from llava_moe.data.schema import DataError, Turn
 from llava_moe.data.templates import TEMPLATES
 from llava_moe.registry import RegistryError
-from tests.tiny import tiny_image, tiny_llama_tokenizer, tiny_siglip_processor, tiny_tokenizer
+from tests.tiny import (
+    tiny_chat_tokenizer,
+    tiny_image,
+    tiny_llama_tokenizer,
+    tiny_siglip_processor,
+    tiny_tokenizer,
+)
 
 from transformers import CLIPImageProcessorPil, LlavaProcessor, SiglipImageProcessorPil  # isort: skip
 
@@ -21,6 +27,7 @@ WIDE = (40, 20)
 
 def clip_processor(**changes: object) -> LlavaMoeProcessor:
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    tokenizer = changes.pop("tokenizer", None) or tiny_llama_tokenizer()
     settings = {
         "patch_size": 14,
         "vision_feature_select_strategy": "default",
@@ -28,7 +35,7 @@ def clip_processor(**changes: object) -> LlavaMoeProcessor:
         "template": "v1",
         **changes,
     }
-    return LlavaMoeProcessor(image_processor, tiny_llama_tokenizer(), **settings)
+    return LlavaMoeProcessor(image_processor, tokenizer, **settings)
 
 
 def test_siglip_sample():
@@ -96,17 +103,39 @@ def test_prompts_are_padded_on_the_left():
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("make", [tiny_siglip_processor, clip_processor])
-def test_saving_and_loading_changes_nothing(tmp_path: Path, make, template: str):
-    processor = make(template=template, image_mode="pad")
+@pytest.mark.parametrize(("make", "kind"), [(tiny_siglip_processor, "llama3"), (clip_processor, "phi3")])
+def test_saving_and_loading_changes_nothing(tmp_path: Path, make, kind: str, template: str):
+    processor = make(template=template, image_mode="pad", tokenizer=tiny_chat_tokenizer(kind))
     processor.save_pretrained(tmp_path)
     loaded = load_processor(tmp_path)
-    assert (loaded.template, loaded.image_mode) == (template, "pad")
+    assert (loaded.template, loaded.template_options, loaded.image_mode) == (template, {}, "pad")
     assert json.loads((tmp_path / "processor_config.json").read_text())["template"] == template
     assert loaded.image_processor.backend == "pil"
     before, after = (one.encode_sample(TURNS, [tiny_image(0, WIDE)]) for one in (processor, loaded))
     assert all(torch.equal(before[key], after[key]) for key in ("input_ids", "labels", "pixel_values"))
     assert processor.stop_token_ids == loaded.stop_token_ids
+    assert processor.stop_strings == loaded.stop_strings
+
+
+def test_options_of_the_template_are_saved_with_it(tmp_path: Path):
+    options = {"llava_next_labels": True}
+    processor = tiny_siglip_processor("qwen_1_5", tokenizer=tiny_chat_tokenizer("gpt2"), template_options=options)
+    learned = processor.encode_text(TURNS, 1)["labels"]
+    assert learned[0] == processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    processor.save_pretrained(tmp_path)
+    loaded = load_processor(tmp_path)
+    assert (loaded.template, loaded.template_options) == ("qwen_1_5", options)
+    assert torch.equal(loaded.encode_text(TURNS, 1)["labels"], learned)
+    loaded.template_options = {}
+    assert loaded.encode_text(TURNS, 1)["labels"][0] == IGNORE_INDEX
+    assert load_processor(tmp_path, template_options={}).encode_text(TURNS, 1)["labels"][0] == IGNORE_INDEX
+    # another template does not inherit them, the same one does
+    assert load_processor(tmp_path, template="v1").template_options == {}
+    assert load_processor(tmp_path, template="gemma", template_options=options).template_options == options
+    assert load_processor(tmp_path, template="qwen_1_5").template_options == options
+    with pytest.raises(DataError, match="template 'v1' has no option 'llava_next_labels'") as caught:
+        load_processor(tmp_path, template="v1", template_options=options)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_settings_can_be_replaced_while_loading(tmp_path: Path):
@@ -125,6 +154,20 @@ def test_stop_tokens_follow_the_template():
     assert tokenizer.convert_ids_to_tokens(processor.stop_token_ids) == ["</s>"]
     processor.template = "plain"
     assert tokenizer.convert_ids_to_tokens(processor.stop_token_ids) == ["</s>", "<0x0A>"]
+    # a full stop and the newline can be one token, so the id alone is not enough
+    assert processor.stop_strings == ["\n"]
+    processor.template = "v1"
+    assert processor.stop_strings == []
+
+
+def test_the_first_answer_begins_where_its_prompt_ends():
+    processor = tiny_siglip_processor()
+    turns = [*TURNS, Turn("user", "And?"), Turn("assistant", "blue")]
+    encoded = processor.encode_text(turns, 1)
+    start = processor.answer_start(turns)
+    assert start == len(processor.encode_prompt(TURNS[:1], [tiny_image(0)])["input_ids"])
+    assert (encoded["labels"][:start] == IGNORE_INDEX).all()
+    assert encoded["labels"][start] == encoded["input_ids"][start]
 
 
 def save_stock(path: Path, chat_template: str | None) -> None:

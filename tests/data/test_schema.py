@@ -22,6 +22,10 @@ def chat(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
 
 
+def system(text: str) -> dict[str, str]:
+    return {"from": "system", "value": text}
+
+
 def test_a_record_becomes_a_sample():
     sample = parse_record(record(id=7, model="ignored"), ROOT, "train.json")
     assert sample.id == "7"
@@ -33,6 +37,14 @@ def test_a_record_becomes_a_sample():
 def test_role_and_content_are_read_like_from_and_value():
     turns = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "red"}]
     assert parse_record(record(conversations=turns), ROOT, "s").turns == parse_record(record(), ROOT, "s").turns
+
+
+def test_a_system_message_may_come_first():
+    turns = [system("be brief"), *chat("What? <image>", "red", "And?", "blue")]
+    parsed = parse_record(record(conversations=turns), ROOT, "s").turns
+    assert parsed[0] == Turn("system", "be brief")
+    assert parsed[1] == Turn("user", "<image>\nWhat?")
+    assert [turn.role for turn in parsed[1:]] == ["user", "assistant"] * 2
 
 
 @pytest.mark.parametrize("image", [..., None, []])
@@ -82,7 +94,13 @@ def test_several_markers_keep_their_places():
         ({"conversations": chat("<image>\nWhat?")}, "last turn is from the user"),
         ({"conversations": [{"from": "gpt", "value": "x"}, *chat("<image>\nWhat?", "red")]}, "turn 0 is from 'gpt'"),
         ({"conversations": [{"from": "human", "value": "a"}, *chat("<image>\nb", "red")]}, "turn 1 is from 'human'"),
-        ({"conversations": [{"from": "system", "value": "x"}]}, "known: human, user, gpt, assistant"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "known: human, user, gpt, assistant, system"),
+        ({"conversations": [{"from": "system", "value": "x"}]}, "last turn is from the system"),
+        ({"conversations": [system("x"), *chat("<image>\nWhat?")]}, "last turn is from the user"),
+        ({"conversations": [system("x"), *chat("What?", "red")[1:]]}, "turn 1 is from 'gpt' where the user"),
+        ({"conversations": [*chat("<image>\nb", "red"), system("x")]}, "turn 2 is from 'system' where the user"),
+        ({"conversations": [system("x"), system("y"), *chat("b", "red")]}, "turn 1 is from 'system' where the user"),
+        ({"conversations": [system("<image>"), *chat("What?", "red")]}, "a system message that contains <image>"),
         ({"conversations": [{"from": "human", "value": None}]}, "has no text"),
         ({"conversations": chat("What?", "<image>")}, "an answer that contains <image>"),
     ],

@@ -1,273 +1,257 @@
-"""Every registered template is held to the invariants, on a byte-level and on a sentencepiece-like tokenizer."""
+"""Every registered template is held to the contract, on every kind of tokenizer.
 
-import re
+The exact ids are in test_templates_golden.py, the formats as independent f-strings in test_templates_formats.py; the
+template that a tokenizer ships has tests of its own in test_templates_shipped.py.
+"""
 
+import jinja2
 import pytest
 
-from llava_moe.data.conversation import IGNORE_INDEX, SegmentTokenizer, TemplateError, TextEncoder
+from llava_moe.data.conversation import IGNORE_INDEX, TemplateError
 from llava_moe.data.schema import Turn
 from llava_moe.data.templates import TEMPLATES
-from tests.tiny import tiny_llama_tokenizer, tiny_tokenizer
-
-TOKENIZERS = {"bytelevel": tiny_tokenizer(), "llama": tiny_llama_tokenizer()}
-NUM_TOKENS = 2
-QUESTION = Turn("user", "<image>\nWhat is the colour?")
-FOLLOW_UP = [Turn("user", "What shape?"), Turn("assistant", "a square. \U0001f7e5")]
-CHAT = [QUESTION, Turn("assistant", "red"), *FOLLOW_UP]
-PAIRS = [(template, tokenizer) for template in TEMPLATES for tokenizer in TOKENIZERS]
-
-
-def encoder(template: str, tokenizer: str, chat_template: str | None = None) -> TextEncoder:
-    loaded = TOKENIZERS[tokenizer]
-    if chat_template is not None:
-        loaded = {"bytelevel": tiny_tokenizer, "llama": tiny_llama_tokenizer}[tokenizer]()
-        loaded.chat_template = chat_template
-    image_id = loaded.convert_tokens_to_ids("<image>")
-    return TextEncoder(TEMPLATES.get(template)(loaded), SegmentTokenizer(loaded, "<image>", image_id))
-
-
-def conversation(template: str) -> list[Turn]:
-    return CHAT[:2] if template == "plain" else CHAT
+from tests.data.template_cases import (
+    CHAT,
+    LEARNED,
+    NEEDS_BOS,
+    NO_SYSTEM,
+    NUM_TOKENS,
+    PAIRS,
+    QUESTION,
+    QUIRKY,
+    SYSTEM_TURN,
+    conversations,
+    count,
+    encoder,
+    prompt,
+    rendered,
+    target_spans,
+    train,
+)
 
 
-def tokens(encoder: TextEncoder, ids: list[int]) -> list[str]:
-    return encoder.segments.tokenizer.convert_ids_to_tokens(ids)
-
-
-def target_spans(labels: list[int]) -> list[tuple[int, int]]:
-    kinds = "".join("." if label == IGNORE_INDEX else "T" for label in labels)
-    return [match.span() for match in re.finditer("T+", kinds)]
+def test_the_registry_holds_the_field():
+    assert TEMPLATES.names() == [
+        *("plain", "v1", "chatml", "llava_llama_2", "mistral_instruct", "mpt", "chatml_direct", "qwen_1_5"),
+        *("llava_llama_3", "phi3", "gemma", "chat_template"),
+    ]
+    for name in TEMPLATES:
+        assert TEMPLATES.get(name).name == name
 
 
 @pytest.mark.parametrize(("template", "tokenizer"), PAIRS)
 def test_the_training_prefix_is_the_generation_prompt(template: str, tokenizer: str):
     made = encoder(template, tokenizer)
-    turns = conversation(template)
-    ids, labels = made.encode(turns, 1, NUM_TOKENS, mode="train")
-    spans = target_spans(labels)
-    assert len(spans) == len(turns) // 2
-    text = "".join(segment.text for segment in made.template.render(turns))
-    for index, (start, _) in enumerate(spans):
-        asked = turns[: 2 * index + 1]
-        assert made.encode(asked, 1, NUM_TOKENS, mode="generate")[0] == ids[:start]
-        prompt = "".join(segment.text for segment in made.template.render(asked, add_generation_prompt=True))
-        assert text.startswith(prompt)
+    for turns in conversations(template).values():
+        ids, labels = train(made, turns)
+        spans = target_spans(labels)
+        assert len(spans) == len(turns) // 2
+        text = rendered(made, turns)
+        assert made.answer_start(turns, NUM_TOKENS) == spans[0][0]
+        for index, (start, _) in enumerate(spans):
+            asked = turns[: 2 * index + 1]
+            assert prompt(made, asked) == ids[:start]
+            assert text.startswith(rendered(made, asked, generate=True))
 
 
 @pytest.mark.parametrize(("template", "tokenizer"), PAIRS)
 def test_only_answers_and_their_end_are_learned(template: str, tokenizer: str):
     made = encoder(template, tokenizer)
-    turns = conversation(template)
-    ids, labels = made.encode(turns, 1, NUM_TOKENS, mode="train")
-    assert all(label in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True))
-    for (start, end), answer in zip(target_spans(labels), turns[1::2], strict=True):
-        learned = made.segments.tokenizer.decode(labels[start:end])
-        assert learned.strip(" ") == f"{answer.text}{made.template.end_text}"
-        assert labels[end - 1] in made.stop_token_ids
+    shape = LEARNED.get(template, "{}") + str(made.template.end_text)
+    for turns in conversations(template).values():
+        targets = [segment.text for segment in made.template.render(turns) if segment.is_target]
+        assert "".join(targets) == "".join(shape.format(turn.text) for turn in turns[1::2])
+        ids, labels = train(made, turns)
+        assert all(label in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True))
+        for (start, end), answer in zip(target_spans(labels), turns[1::2], strict=True):
+            learned = made.segments.tokenizer.decode(labels[start:end])
+            assert learned.lstrip(" ") == shape.format(answer.text).lstrip(" ")
+            assert labels[end - 1] in made.stop_token_ids or made.stop_strings == ["\n"]
+
+
+@pytest.mark.parametrize(("template", "tokenizer"), PAIRS)
+def test_texts_come_back_and_images_have_their_places(template: str, tokenizer: str):
+    made = encoder(template, tokenizer)
+    for turns in conversations(template).values():
+        ids, _ = train(made, turns)
+        assert ids.count(made.segments.image_token_id) == NUM_TOKENS * count(turns)
+        decoded = made.segments.tokenizer.decode(ids)
+        shown = turns if template != "plain" else turns[1:]
+        for piece in (piece.strip() for turn in shown for piece in turn.text.split("<image>")):
+            assert piece in decoded
+            decoded = decoded[decoded.index(piece) + len(piece) :]
 
 
 @pytest.mark.parametrize(("template", "tokenizer"), PAIRS)
 def test_segments_agree_with_tokenising_the_whole_text(template: str, tokenizer: str):
-    """What stock tools do: the whole rendered text at once, with BOS in front where the tokenizer adds it."""
+    """What stock tools do: the whole rendered text at once, with BOS in front unless the text has it already."""
     made = encoder(template, tokenizer)
-    turns = conversation(template)
-    text = "".join(segment.text for segment in made.template.render(turns))
-    whole = made.segments.tokenizer.encode(text)
-    assert made.encode(turns, 1, 1, mode="train")[0] == whole
+    loaded = made.segments.tokenizer
+    for turns in conversations(template).values():
+        text = rendered(made, turns)
+        writes_bos = bool(loaded.bos_token) and text.startswith(loaded.bos_token)
+        assert train(made, turns, 1)[0] == loaded.encode(text, add_special_tokens=not writes_bos)
 
 
 @pytest.mark.parametrize(("template", "tokenizer"), PAIRS)
 def test_the_length_bound_holds(template: str, tokenizer: str):
     made = encoder(template, tokenizer)
-    turns = conversation(template)
-    assert len(made.encode(turns, 1, 7, mode="train")[0]) <= made.max_length(turns, 1, 7)
+    for turns in conversations(template).values():
+        assert len(train(made, turns, 7)[0]) <= made.max_length(turns, count(turns), 7)
 
 
 @pytest.mark.parametrize(("template", "tokenizer"), PAIRS)
 def test_special_tokens_spelled_in_a_record_stay_text(template: str, tokenizer: str):
     made = encoder(template, tokenizer)
-    injected = "<|im_end|>\n<|im_start|></s><s><|endoftext|>"
+    injected = "".join(made.segments.tokenizer.all_special_tokens).replace("<image>", "") + " [/INST] "
     spelled = [Turn("user", f"<image>\nWhat? {injected}"), Turn("assistant", f"red {injected} end")]
     harmless = [Turn("user", "<image>\nWhat?"), Turn("assistant", "red")]
+    systems: tuple[list[Turn], list[Turn]] = ([], [])
+    if template not in NO_SYSTEM:
+        systems = ([Turn("system", f"be {injected}")], [Turn("system", "be")])
     special = set(made.segments.tokenizer.all_special_ids)
 
     def specials(turns: list[Turn]) -> list[int]:
-        return [token for token in made.encode(turns, 1, 1, mode="train")[0] if token in special]
+        return [token for token in train(made, turns)[0] if token in special]
 
-    assert specials(spelled) == specials(harmless)
-    decoded = made.segments.tokenizer.decode(made.encode(spelled, 1, 1, mode="train")[0])
-    assert f"red {injected} end" in decoded
+    assert specials([*systems[0], *spelled]) == specials([*systems[1], *harmless])
+    assert f"red {injected} end" in made.segments.tokenizer.decode(train(made, spelled)[0])
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("template", [name for name in TEMPLATES if TEMPLATES.get(name).jinja])
+@pytest.mark.parametrize(("template", "tokenizer"), [pair for pair in PAIRS if pair[0] not in NO_SYSTEM])
+def test_a_system_message_takes_the_place_of_the_templates_own(template: str, tokenizer: str):
+    made = encoder(template, tokenizer)
+    turns = [SYSTEM_TURN, *CHAT]
+    ids, labels = train(made, turns)
+    text = rendered(made, turns)
+    assert text.count(SYSTEM_TURN.text) == 1
+    assert text.index(SYSTEM_TURN.text) < text.index(CHAT[0].text)
+    own = getattr(made.template, "default_system", None)
+    assert own is None or own not in text
+    assert "curious" not in text
+    spans = target_spans(labels)
+    assert len(spans) == 2
+    for start, asked in ((spans[0][0], turns[:2]), (spans[1][0], turns[:4])):
+        assert prompt(made, asked) == ids[:start]
+    loaded = made.segments.tokenizer
+    writes_bos = bool(loaded.bos_token) and text.startswith(loaded.bos_token)
+    assert train(made, turns, 1)[0] == loaded.encode(text, add_special_tokens=not writes_bos)
+
+
+@pytest.mark.parametrize("template", sorted(NO_SYSTEM))
+def test_templates_without_a_place_for_it_refuse_a_system_message(template: str):
+    made = encoder(template, "gemma")
+    assert not made.template.takes_system
+    for turns, generate in (([SYSTEM_TURN, *CHAT[:2]], False), ([SYSTEM_TURN, CHAT[0]], True)):
+        with pytest.raises(TemplateError, match=f"template '{template}' has no place for a system message"):
+            made.template.render(turns, add_generation_prompt=generate)
+
+
+@pytest.mark.parametrize(("template", "tokenizer"), [pair for pair in PAIRS if TEMPLATES.get(pair[0]).jinja])
 def test_the_jinja_twin_renders_the_same_text(template: str, tokenizer: str):
     made = encoder(template, tokenizer)
-    for turns, generate in ((CHAT, False), (CHAT[:3], True), (CHAT[:1], True)):
-        rendered = "".join(segment.text for segment in made.template.render(turns, add_generation_prompt=generate))
-        strings = [{"role": turn.role, "content": turn.text} for turn in turns]
-        parts = [
-            {
-                "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": turns[0].text[len("<image>\n") :]}],
-            },
-            *strings[1:],
-        ]
-        for messages in (strings, parts):
-            assert rendered == made.segments.tokenizer.apply_chat_template(
-                messages, chat_template=made.template.jinja, add_generation_prompt=generate, tokenize=False
-            )
+
+    def twin(messages: list[dict[str, object]], generate: bool) -> str:
+        return made.segments.tokenizer.apply_chat_template(
+            messages, chat_template=made.template.jinja, add_generation_prompt=generate, tokenize=False
+        )
+
+    head = [] if template in NO_SYSTEM else [SYSTEM_TURN]
+    for turns in (CHAT, [*head, *CHAT]):
+        for shown, generate in ((turns, False), (turns[:-1], True), (turns[:-3], True)):
+            expected = rendered(made, shown, generate)
+            strings: list[dict[str, object]] = [{"role": turn.role, "content": turn.text} for turn in shown]
+            parts = [
+                {**one, "content": [{"type": "image"}, {"type": "text", "text": one["content"][len("<image>\n") :]}]}
+                if str(one["content"]).startswith("<image>")
+                else one
+                for one in strings
+            ]
+            assert expected == twin(strings, generate)
+            assert expected == twin(parts, generate)
+    with pytest.raises(jinja2.TemplateError):
+        twin([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], False)
+    if template in NO_SYSTEM:
+        with pytest.raises(jinja2.TemplateError, match="no place for a system message"):
+            twin([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], False)
 
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions."
-)
-# (template, tokenizer, turns, tokens that are masked and learned in turn); written by hand from the published formats
-GOLDEN = [
-    ("plain", "llama", CHAT[:2], ["<s> <image> <image>", "▁red <0x0A>"]),
-    ("plain", "bytelevel", CHAT[:2], ["<image> <image>", "red Ċ"]),
-    (
-        "v1",
-        "llama",
-        [QUESTION, Turn("assistant", "red"), Turn("user", "What shape?"), Turn("assistant", "a square")],
-        [
-            "<s> SYSTEM ▁USER : ▁ <image> <image> ▁ <0x0A> What ▁is ▁the ▁colour ? ▁ASSISTANT :",
-            "▁red </s>",
-            "▁USER : ▁What ▁shape ? ▁ASSISTANT :",
-            "▁a ▁square </s>",
-        ],
-    ),
-    (
-        "v1",
-        "bytelevel",
-        [QUESTION, Turn("assistant", "red"), Turn("user", "What shape?"), Turn("assistant", "a square")],
-        [
-            "SYSTEM ĠUSER : Ġ <image> <image> Ċ What Ġis Ġthe Ġcolour ? ĠASSISTANT :",
-            "Ġred <|im_end|>",
-            "USER : ĠWhat Ġshape ? ĠASSISTANT :",
-            "Ġa Ġsquare <|im_end|>",
-        ],
-    ),
-    (
-        "chatml",
-        "bytelevel",
-        [QUESTION, Turn("assistant", "red"), Turn("user", "What shape?"), Turn("assistant", "a square")],
-        [
-            "<|im_start|> user Ċ <image> <image> Ċ What Ġis Ġthe Ġcolour ? <|im_end|> Ċ <|im_start|> assistant Ċ",
-            "red <|im_end|>",
-            "Ċ <|im_start|> user Ċ What Ġshape ? <|im_end|> Ċ <|im_start|> assistant Ċ",
-            "a Ġsquare <|im_end|>",
-            "Ċ",
-        ],
-    ),
-]
-
-
-@pytest.mark.parametrize(("template", "tokenizer", "turns", "parts"), GOLDEN, ids=lambda value: str(value)[:12])
-def test_golden_ids_and_labels(template: str, tokenizer: str, turns: list[Turn], parts: list[str]):
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("tokenizer", ["gpt2", "llama3", "llama", "phi3", "gemma"])
+def test_answers_stop_where_the_template_says(template: str, tokenizer: str):
+    if tokenizer == "gpt2" and template in NEEDS_BOS:
+        with pytest.raises(TemplateError, match="bos_token, and this tokenizer has none"):
+            encoder(template, tokenizer)
+        return
     made = encoder(template, tokenizer)
-    check_golden(made, turns, parts)
+    loaded = made.segments.tokenizer
+    ends = {
+        "plain": "\n", "chatml": "<|im_end|>", "mpt": "<|im_end|>", "chatml_direct": "<|im_end|>",
+        "qwen_1_5": "<|im_end|>", "llava_llama_3": "<|eot_id|>", "phi3": "<|end|>", "gemma": "<end_of_turn>",
+        "chat_template": "<|im_end|>",
+    }  # fmt: skip
+    end = ends.get(template, loaded.eos_token)
+    assert made.template.end_text == end
+    assert made.stop_strings == (["\n"] if template == "plain" else [])
+    assert made.stop_token_ids[0] == loaded.eos_token_id
+    if template != "plain":
+        assert set(made.stop_token_ids) == {loaded.eos_token_id, loaded.convert_tokens_to_ids(end)}
 
 
-def test_golden_shipped_chat_template_equals_chatml():
-    for turns, parts in [(turns, parts) for name, _, turns, parts in GOLDEN if name == "chatml"]:
-        check_golden(encoder("chat_template", "bytelevel"), turns, parts)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_empty_answers_are_refused_for_training_only(template: str):
+    made = encoder(template, "llama3")
+    for text in ("", " \n"):
+        with pytest.raises(TemplateError, match="turn 1 is an empty answer"):
+            made.template.render([QUESTION, Turn("assistant", text)])
+    if template != "plain":
+        # a chat in which the model once said nothing can go on
+        asked = [QUESTION, Turn("assistant", ""), CHAT[2]]
+        assert "What shape?" in rendered(made, asked, generate=True)
+        with pytest.raises(TemplateError, match="turn 3 is an empty answer"):
+            made.template.render([*CHAT[:3], Turn("assistant", "")])
 
 
-def check_golden(made: TextEncoder, turns: list[Turn], parts: list[str]) -> None:
-    tokenizer = made.segments.tokenizer
-    system = tokens(made, tokenizer.encode(SYSTEM, add_special_tokens=False))
-    expected: list[str] = []
-    is_target: list[bool] = []
-    for index, part in enumerate(parts):
-        new = [token for word in part.split() for token in (system if word == "SYSTEM" else [word])]
-        expected += new
-        is_target += [index % 2 == 1] * len(new)
-    num_images = sum(turn.text.count("<image>") for turn in turns)
-    ids, labels = made.encode(turns, num_images, NUM_TOKENS, mode="train")
-    assert tokens(made, ids) == expected
-    assert labels == [token if target else IGNORE_INDEX for token, target in zip(ids, is_target, strict=True)]
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name not in NO_SYSTEM])
+def test_an_empty_system_message_is_refused(template: str):
+    with pytest.raises(TemplateError, match="the system message is empty"):
+        encoder(template, "llama3").template.render([Turn("system", " "), *CHAT])
 
 
-LLAMA_2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
+@pytest.mark.parametrize("template", QUIRKY)
+def test_options_are_checked(template: str):
+    with pytest.raises(TemplateError, match="has no option 'llava_next_label'; did you mean 'llava_next_labels'"):
+        encoder(template, "llama3", llava_next_label=True)
+    with pytest.raises(TemplateError, match="option llava_next_labels=1 must be bool"):
+        encoder(template, "llama3", llava_next_labels=1)
 
 
-def test_golden_shipped_llama_2_template_writes_its_own_bos():
-    turns = [Turn("user", "What?"), Turn("assistant", "red"), Turn("user", "What?"), Turn("assistant", "red")]
-    question = "<s> ▁ [ I N S T ] ▁What ? ▁ [ / I N S T ]"
-    parts = [question, "▁red ▁ </s>", question, "▁red ▁ </s>"]
-    check_golden(encoder("chat_template", "llama", LLAMA_2), turns, parts)
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name not in QUIRKY])
+def test_templates_without_options_refuse_them(template: str):
+    with pytest.raises(TemplateError, match=f"template '{template}' has no option 'llava_next_labels'; known: none"):
+        encoder(template, "llama3", llava_next_labels=True)
 
 
-# as published with llava-1.5-7b-hf: images first, no end token
-LLAVA_HF = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for c in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for c in message['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-
-def test_a_template_that_takes_parts_gets_parts():
-    made = encoder("chat_template", "llama", LLAVA_HF)
-    rendered = made.template.render(CHAT[:3], add_generation_prompt=True)
-    text = "".join(segment.text for segment in rendered)
-    assert text == "USER: <image>\nWhat is the colour? ASSISTANT: red USER: What shape? ASSISTANT:"
-
-
-def test_a_template_without_end_token_serves_but_does_not_train():
-    made = encoder("chat_template", "llama", LLAVA_HF)
-    ids, _ = made.encode(CHAT[:1], 1, 1, mode="generate")
-    assert tokens(made, ids)[:4] == ["<s>", "▁USER", ":", "▁"]
-    with pytest.raises(TemplateError, match="would never stop"):
-        made.encode(CHAT[:2], 1, 1, mode="train")
-
-
-STABLE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + TEXT + '<|im_end|>' }}{% endfor %}GEN"
-
-
-@pytest.mark.parametrize(
-    ("text", "generation", "message"),
-    [
-        ("m['content'] + ('!' if loop.last and loop.index == 2 else '')", "<|im_start|>assistant", "a later turn"),
-        ("m['content']", "<|im_start|>assistant NOW", "does not start with its generation prompt"),
-        ("(m['content'] | upper)", "<|im_start|>assistant", "rewrites the text"),
-        ("''", "<|im_start|>assistant", "neither as a string nor as parts"),
-    ],
-)
-def test_unfit_chat_templates_are_refused(text: str, generation: str, message: str):
-    end = "{% if add_generation_prompt %}" + generation + "{% endif %}"
-    jinja = STABLE.replace("TEXT", text).replace("GEN", end)
-    with pytest.raises(TemplateError, match=message):
-        encoder("chat_template", "bytelevel", jinja).encode(CHAT, 1, 1, mode="train")
-
-
-def test_templates_name_what_the_tokenizer_lacks():
-    bare = tiny_tokenizer()
-    bare.chat_template = None
-    bare.eos_token = None
-    with pytest.raises(TemplateError, match="the checkpoint ships none; set template to one of plain, v1, chatml"):
-        TEMPLATES.get("chat_template")(bare)
-    with pytest.raises(TemplateError, match="this tokenizer has none"):
-        TEMPLATES.get("v1")(bare)
+TOOL = Turn("tool", "x")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize(
     ("turns", "generate"),
-    [([], False), (CHAT[:1], False), (CHAT[:2], True), ([CHAT[1], CHAT[0]], True), ([CHAT[0]] * 2, True)],
+    [
+        *[([], False), (CHAT[:1], False), (CHAT[:2], True), ([CHAT[1], CHAT[0]], True), ([CHAT[0]] * 2, True)],
+        *[([TOOL, CHAT[1]], False), ([CHAT[0], TOOL], False), ([*CHAT[:2], TOOL, CHAT[3]], False)],
+        *[([SYSTEM_TURN], False), ([SYSTEM_TURN] * 2, True), ([*CHAT[:2], SYSTEM_TURN, *CHAT[2:]], False)],
+        *[([SYSTEM_TURN, SYSTEM_TURN, *CHAT], False), ([SYSTEM_TURN, CHAT[1]], False)],
+    ],
 )
 def test_ill_ordered_turns_are_refused(template: str, turns: list[Turn], generate: bool):
     with pytest.raises(TemplateError, match="must start with the user, alternate and end with"):
-        encoder(template, "bytelevel").template.render(turns, add_generation_prompt=generate)
+        encoder(template, "llama3").template.render(turns, add_generation_prompt=generate)
 
 
 def test_plain_holds_one_image_and_its_caption():
-    made = encoder("plain", "bytelevel")
+    made = encoder("plain", "tiny")
     for turns in (CHAT, [Turn("user", "What?"), Turn("assistant", "red")]):
         with pytest.raises(TemplateError, match="one image question and its caption"):
             made.template.render(turns)
@@ -275,4 +259,4 @@ def test_plain_holds_one_image_and_its_caption():
 
 def test_images_and_markers_must_match():
     with pytest.raises(TemplateError, match=r"1 <image> marker\(s\) .* for 2 image\(s\)"):
-        encoder("chatml", "bytelevel").encode(CHAT, 2, 1, mode="train")
+        encoder("chatml", "tiny").encode(CHAT, 2, 1, mode="train")

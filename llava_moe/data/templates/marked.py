@@ -15,6 +15,8 @@ from llava_moe.data.templates.jinja import REFUSE_ROLE, literal, split_system
 class MarkedTurns(ConversationTemplate):
     """`header text end separator`, message after message; a subclass says which, and its Jinja twin follows from that.
 
+    A subclass sets `name`, `user_header`, `assistant_header`, `end` and `markers`, and the others where they differ.
+
     Attributes:
         system_header, user_header, assistant_header: what stands in front of a message.
         end: what stands behind it, and is learned behind an answer.
