@@ -64,6 +64,7 @@ class DataSection:
 
     sources: list[SourceSection] = field(default_factory=list)
     template: str | None = None  # null keeps the one saved with the checkpoint
+    template_options: dict[str, Any] | None = None  # e.g. {llava_next_labels: true}; null keeps the saved ones
     image_mode: str | None = None  # square, pad; null keeps the saved one
     max_length: int = 2048
     overlong: str = "error"  # error, skip, truncate; what was skipped or cut is counted and reported

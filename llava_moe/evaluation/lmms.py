@@ -166,6 +166,9 @@ class LlavaMoe(lmms):  # type: ignore[misc]
         ]
         inputs = self._to_device(self.processor.pad_prompts(prompts))
         stop_ids = list(self.processor.stop_token_ids)
+        if self.processor.stop_strings:  # templates whose end is no token of its own
+            stop_strings = [*stop_strings, *self.processor.stop_strings]
+            options = {**options, "stop_strings": stop_strings, "tokenizer": self.processor.tokenizer}
         pad_id = self.processor.tokenizer.pad_token_id
         with torch.inference_mode():
             output_ids = self.model.generate(

@@ -215,6 +215,9 @@ class Engine:
         inputs = {key: value.to(self.model.device) for key, value in self.processor.pad_prompts([prompt]).items()}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        ends: dict[str, Any] = {}
+        if self.processor.stop_strings:  # templates whose end is no token of its own
+            ends = {"stop_strings": self.processor.stop_strings, "tokenizer": self.processor.tokenizer}
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop = threading.Event()
         failures: list[BaseException] = []
@@ -224,6 +227,7 @@ class Engine:
                 with self._lock, torch.inference_mode():
                     self.model.generate(
                         **inputs,
+                        **ends,
                         generation_config=options,
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([_StopWhen(stop)]),

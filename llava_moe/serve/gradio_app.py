@@ -113,7 +113,8 @@ def find_examples(folder: Path) -> list[tuple[Path, str]]:
     if (folder / EXAMPLES_FILE).is_file():
         path = folder / EXAMPLES_FILE
         samples = [parse_record(record, folder, str(path)) for record in load_records(path)[:MAX_EXAMPLES]]
-        pairs = [(sample.images[0], sample.turns[0].text) for sample in samples if len(sample.images) == 1]
+        asked = [next(turn.text for turn in sample.turns if turn.role == "user") for sample in samples]
+        pairs = [(s.images[0], text) for s, text in zip(samples, asked, strict=True) if len(s.images) == 1]
         found = [(picture, text.replace("<image>", "").strip()) for picture, text in pairs]
     else:
         pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURE_SUFFIXES)

@@ -60,7 +60,12 @@ def train(config: RunConfig) -> Path:
     if config.data.check_images and distributed.rank() == 0:
         check_sources(sources).raise_if_broken()
     checkpoint = start_point(config)
-    processor = load_processor(checkpoint, template=config.data.template, image_mode=config.data.image_mode)
+    processor = load_processor(
+        checkpoint,
+        template=config.data.template,
+        image_mode=config.data.image_mode,
+        template_options=config.data.template_options,
+    )
     trainer = _make_trainer(config, arguments, checkpoint, processor, sources)
     if distributed.rank() == 0:
         dump_resolved(config, out / RECIPE)

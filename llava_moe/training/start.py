@@ -42,7 +42,8 @@ def start_point(config: RunConfig) -> Path:
 
 
 def _data_facts(config: RunConfig) -> dict[str, Any]:
-    return {"template": config.data.template, "image_mode": config.data.image_mode}
+    data = config.data
+    return {"template": data.template, "template_options": data.template_options, "image_mode": data.image_mode}
 
 
 def write_initial(config: RunConfig, out: Path) -> None:
@@ -58,6 +59,7 @@ def write_initial(config: RunConfig, out: Path) -> None:
         vision_feature_select_strategy=section.vision_feature_select_strategy,
         num_additional_image_tokens=parts.num_additional_image_tokens,
         template=template,
+        template_options=config.data.template_options,
         image_mode=config.data.image_mode or _DEFAULT_IMAGE_MODE,
         # what stock tools render with; our own programs use the template by its name
         chat_template=TEMPLATES.get(template).jinja or parts.tokenizer.chat_template,

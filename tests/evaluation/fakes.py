@@ -99,6 +99,7 @@ class FakeProcessor:
 
     template = "chatml"
     stop_token_ids = (STOP,)
+    stop_strings: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.tokenizer = CharTokenizer()

@@ -78,7 +78,12 @@ def unequal_data(folder: Path, n: int = 4) -> tuple[Path, Path]:
 def make_trainer(config: RunConfig) -> LlavaMoeTrainer:
     """What `runner.train` trains with, ready and not started."""
     checkpoint = Path(str(config.model.checkpoint))
-    processor = load_processor(checkpoint, template=config.data.template, image_mode=config.data.image_mode)
+    processor = load_processor(
+        checkpoint,
+        template=config.data.template,
+        image_mode=config.data.image_mode,
+        template_options=config.data.template_options,
+    )
     sources = [(Path(s.path), Path(s.image_folder)) for s in config.data.sources]
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     return runner._make_trainer(config, training_arguments(config), checkpoint, processor, sources)
