@@ -215,9 +215,6 @@ class Engine:
         inputs = {key: value.to(self.model.device) for key, value in self.processor.pad_prompts([prompt]).items()}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        ends: dict[str, Any] = {}
-        if self.processor.stop_strings:  # templates whose end is no token of its own
-            ends = {"stop_strings": self.processor.stop_strings, "tokenizer": self.processor.tokenizer}
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop = threading.Event()
         failures: list[BaseException] = []
@@ -227,7 +224,7 @@ class Engine:
                 with self._lock, torch.inference_mode():
                     self.model.generate(
                         **inputs,
-                        **ends,
+                        **self._ends(),
                         generation_config=options,
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([_StopWhen(stop)]),
@@ -245,6 +242,11 @@ class Engine:
             worker.join()
         if failures:
             raise failures[0]
+
+    def _ends(self) -> dict[str, Any]:
+        """For templates whose end is no token of its own."""
+        texts = self.processor.stop_strings
+        return {"stop_strings": texts, "tokenizer": self.processor.tokenizer} if texts else {}
 
     def _options(self, max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig:
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
