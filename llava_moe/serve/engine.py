@@ -216,8 +216,7 @@ class Engine:
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = threading.Event()
-        failures: list[BaseException] = []
+        stop, failures = threading.Event(), list[BaseException]()
 
         def work() -> None:
             try:

@@ -21,12 +21,15 @@ def batched(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, weights: ExpertWe
     """Same result as `loop` for any routing. On a GPU the host waits once, for the loads."""
     num_experts = weights.first_EFD.shape[0]
     slots = sort_slots(index_TK, num_experts)
-    spans = slots.spans()
-    filled = spans[-1][2] if spans else 0
+    experts, counts = slots.loads()
+    filled = sum(counts)
     # Without any slot one row of padding is computed: every parameter then gets its gradient of zero.
-    fullest = max((hi - lo for _, lo, hi in spans), default=1)
-    length = min(fullest, max(1, -(-2 * filled // num_experts)))
-    rows = [(e, lo, min(lo + length, hi)) for e, start, hi in spans for lo in range(start, hi, length)] or [(0, 0, 0)]
+    length = min(max(counts, default=1), max(1, -(-2 * filled // num_experts)))
+    rows, end = [], 0
+    for e, count in zip(experts, counts, strict=True):
+        start, end = end, end + count
+        rows += [(e, lo, min(lo + length, end)) for lo in range(start, end, length)]
+    rows = rows or [(0, 0, 0)]
     columns = torch.tensor(rows, device=x_TD.device).t().contiguous()
     expert_N, start_N, end_N = columns.unbind(0)
     # One row for each expert in order: the stacks are used as they are.

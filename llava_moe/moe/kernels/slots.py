@@ -24,10 +24,11 @@ class Slots(NamedTuple):
     place_TK: Tensor
     ends_E: Tensor
 
-    def spans(self) -> list[tuple[int, int, int]]:
-        """(expert, first place, end) of every expert that has slots. On a GPU the host waits for it."""
+    def loads(self) -> tuple[list[int], list[int]]:
+        """The experts that have slots, and how many. On a GPU the host waits for it."""
         ends = self.ends_E.tolist()
-        return [(e, lo, hi) for e, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False)) if lo < hi]
+        counts = [hi - lo for lo, hi in zip([0, *ends[:-1]], ends, strict=True)]
+        return [e for e, count in enumerate(counts) if count], [count for count in counts if count]
 
 
 def sort_slots(index_TK: Tensor, num_experts: int) -> Slots:
