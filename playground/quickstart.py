@@ -27,6 +27,7 @@ from playground.assets import AssetError, default_cache, fetch_assets
 from playground.fallback import random_language_model, train_tokenizer
 from playground.lm_from_gguf import DEFAULT_BLOCKS, convert_language_model
 from playground.quickstart_data import DataBuildError, build
+from playground.records import SHORT_ANSWER
 from playground.tower_from_pth import convert_tower
 
 STAGES = ("pretrain", "sft", "moe", "control")
@@ -182,7 +183,7 @@ def _write_examples(folder: Path) -> None:
             name = f"{row['family']}.png"
             row["image"].convert("RGB").save(out / name)
             turns = [
-                {"from": "human", "value": f"<image>\n{row['question']}"},
+                {"from": "human", "value": f"<image>\n{row['question']}{SHORT_ANSWER}"},
                 {"from": "gpt", "value": row["answer"]},
             ]
             records.append({"id": row["family"], "image": name, "conversations": turns})

@@ -57,7 +57,6 @@ SFT_SHARES = {
     "digits": 0.04,
     "choice": 0.03,
 }
-BARE_SHARE = 0.35  # of the conversations: questions as people type them, without the request for a short answer
 CAPTION_SHARES = {
     "emoji_kind": 0.45,
     "presence": 0.2,
@@ -273,8 +272,7 @@ def _write_all(
         sft = _shuffled(train, _streams(seed, "train")("order"))
         _write_json(folder / "pretrain.json", [caption_record(example, n) for n, example in enumerate(captions)])
         groups = conversations(sft, _streams(seed, "train")("conversations"))
-        bare = _streams(seed, "train")("bare").random(len(groups)) < BARE_SHARE
-        _write_json(folder / "sft.json", [training_record(group, n, bare[n]) for n, group in enumerate(groups)])
+        _write_json(folder / "sft.json", [training_record(group, n) for n, group in enumerate(groups)])
         step("writing evaluation files")
         flat = [example for examples in evaluation.values() for example in examples]
         counts = {style: _write_parquet(folder / "eval", style, flat, eval_store) for style in STYLES}

@@ -61,7 +61,7 @@ class Example:
 
 
 def conversations(
-    examples: Sequence[Example], rng: np.random.Generator, share: float = 0.9, most: int = 3
+    examples: Sequence[Example], rng: np.random.Generator, share: float = 0.6, most: int = 3
 ) -> list[list[Example]]:
     """Groups questions about the same picture into conversations, in the order of their first question.
 
@@ -85,20 +85,13 @@ def conversations(
     return sorted(groups, key=lambda group: min(first[id(example)] for example in group))
 
 
-def training_record(examples: Sequence[Example], number: int, bare: bool = False) -> dict[str, Any]:
-    """A LLaVA record, one turn for each question, with `family` (of the first one) as an extra key.
-
-    `bare` leaves out the request for a short answer: a model that never saw a question without it answers the questions
-    that people type in a chat with whatever it says most often.
-    """
+def training_record(examples: Sequence[Example], number: int) -> dict[str, Any]:
+    """A LLaVA record, one turn for each question, with `family` (of the first one) as an extra key."""
     turns = []
     for position, example in enumerate(examples):
         marker = "<image>\n" if position == 0 else ""
         turns += [
-            {
-                "from": "human",
-                "value": f"{marker}{example.prompt.removesuffix(SHORT_ANSWER) if bare else example.prompt}",
-            },
+            {"from": "human", "value": f"{marker}{example.prompt}"},
             {"from": "gpt", "value": example.answer},
         ]
     return {

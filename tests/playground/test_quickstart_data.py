@@ -241,14 +241,6 @@ def test_commonest_answers() -> None:
     assert priors == {"a?": "2", "new?": "3"}
 
 
-def test_a_third_of_the_conversations_ask_as_people_type(smoke: Path) -> None:
-    asked = [r["conversations"] for r in read_json(smoke / "sft.json") if r["family"] != "choice"]
-    bare = [not any(SHORT_ANSWER in turn["value"] for turn in turns) for turns in asked]
-    assert 0.2 < sum(bare) / len(bare) < 0.5
-    for turns, is_bare in zip(asked, bare, strict=True):  # a conversation is of one kind throughout
-        assert all((SHORT_ANSWER in turn["value"]) != is_bare for turn in turns[::2])
-
-
 def test_prompts_equal_the_official_ones(both: dict[str, dict[str, list[Example]]]) -> None:
     pytest.importorskip("lmms_eval")
     from lmms_eval.tasks.gqa.utils import gqa_doc_to_text
