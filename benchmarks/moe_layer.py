@@ -9,7 +9,7 @@ forward and a backward with the gradients of input, router and experts.
 
 On a shared machine `--quiet 0.03` repeats every pair during which other programs used more than 3 % of all cores.
 
-Where the time goes is read from a profile of the default layer: matrix products with the experts' weights; what is
+Where the time of the default layer goes is read from profiles: matrix products with the experts' weights; what is
 pointwise on the experts' hidden width (a dense block has that too); and the rest, which is the price of routing: the
 router itself, sorting, gathering and summing.
 """
@@ -286,27 +286,32 @@ def both(case: Case, x: Tensor, grad: Tensor) -> float:
 
 
 def shares(case: Case, x: Tensor, spec: MlpSpec, options: argparse.Namespace) -> dict[str, float] | str:
-    """Share of the layer's forward and backward in products, in pointwise work on the hidden width, and in routing."""
+    """Shares of the operations of one forward and backward: products, pointwise on the hidden width, and routing.
+
+    Python between the operations is left out, for a profile stretches it; medians of the rounds.
+    """
     hidden = {spec.intermediate, 2 * spec.intermediate}
     if hidden & {spec.hidden, options.experts, options.k, options.tokens}:
         return "not measured: the expert width must differ from all other sizes to be told apart in a profile"
     grad = torch.randn_like(x)
-    both(case, x, grad)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if x.is_cuda else [])]
-    while True:
+    rounds: list[dict[str, float]] = []
+    while len(rounds) < options.rounds + 1:
         before, start = busy_elsewhere(), time.perf_counter()
         with profile(activities=activities, record_shapes=True) as recorded:
-            for _ in range(3):
-                both(case, x, grad)
+            both(case, x, grad)
         if share_of_machine(before, start) <= options.quiet:
-            break
+            rounds.append(by_kind(recorded, hidden, x.is_cuda))
+    return {kind: statistics.median(each[kind] for each in rounds[1:]) for kind in rounds[0]}
+
+
+def by_kind(recorded: profile, hidden: set[int], on_gpu: bool) -> dict[str, float]:
     totals = {"products": 0.0, "pointwise": 0.0, "routing": 0.0}
     for event in recorded.key_averages(group_by_input_shape=True):
-        spent = event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
-        shapes = [shape for shape in event.input_shapes if shape]
-        wide = any(size in hidden for shape in shapes for size in shape)
-        kind = ("products" if event.key in PRODUCTS else "pointwise") if wide else "routing"
-        totals[kind] += spent
+        if event.key.startswith("aten::"):
+            wide = any(size in hidden for shape in event.input_shapes if shape for size in shape)
+            kind = ("products" if event.key in PRODUCTS else "pointwise") if wide else "routing"
+            totals[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     return {kind: spent / sum(totals.values()) for kind, spent in totals.items()}
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava_moe.moe import KERNELS, MlpSpec, StackedExperts
 from llava_moe.moe.kernels import whole as whole_module
 from llava_moe.moe.kernels.grouped import run_sorted
+from llava_moe.moe.kernels.slots import sort_slots
 from tests.moe.cases import NUM_EXPERTS, SPECS, expert_weights, make_experts, random_slots
 from tests.moe.test_kernels import KERNEL_CASES, compare, every_kernel, fields_of, run
 
@@ -180,6 +181,29 @@ def test_little_is_kept_for_the_backward(kernel: str, num_experts: int) -> None:
         lambda: KERNEL_CASES[kernel](x, index, weight, weights), [x, weight, *fields_of(weights).values()]
     )
     assert 0 < sparse <= 0.6 * saved_bytes(dense, [x, up, gate, down])
+
+
+def test_gradients_that_a_gpu_does_not_write_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On newer GPUs the product over the rows of an expert without rows holds anything; played here on a CPU."""
+    plain = whole_module.grouped_mm
+
+    class OnGpu(Tensor):
+        device = torch.device("cuda")
+
+    def unwritten(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+        result = plain(a, b, offs=offs)
+        result[offs.diff(prepend=offs.new_zeros(1)) == 0] = float("nan")
+        return result.as_subclass(OnGpu)
+
+    monkeypatch.setattr(whole_module, "grouped_mm", unwritten)
+    slots = sort_slots(torch.tensor([[0, 2], [2, 4]]), NUM_EXPERTS)
+    left, right = torch.randn(4, 4), torch.randn(4, 8)
+    for writes, expected in ((True, True), (False, False)):
+        monkeypatch.setattr(whole_module, "_zeroes_empty_groups", lambda device, answer=writes: answer)
+        found = whole_module._by_expert(left, right, slots).as_subclass(Tensor)
+        assert bool(found[[1, 3]].isnan().all()) == expected
+        assert expected or (found[[1, 3]] == 0).all()
+        assert torch.isfinite(found[[0, 2, 4]]).all()
 
 
 @pytest.mark.gpu

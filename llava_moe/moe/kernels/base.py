@@ -16,6 +16,7 @@ class ExpertWeights:
         first_EFD: (E, 2F, D) with the gate rows first when gated, else (E, F, D).
         down_EDF: (E, D, F); (E, O, F) where the output has another width O than the input.
         first_bias_EF, down_bias_ED: matching biases, or None.
+        activation: pointwise; returns new memory.
     """
 
     first_EFD: Tensor

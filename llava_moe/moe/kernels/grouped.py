@@ -29,9 +29,9 @@ _WORK_WORTH_A_LOOP = 2**23  # multiplications of one projection in an expert
 
 
 def grouped(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Same result as `loop` for any routing; the body is chosen by device, dtype and widths.
+    """Same result as `loop` for any routing; the body is chosen by device, dtype, widths and work.
 
-    An empty slot costs no matrix product. The backward computes what requires a gradient and nothing else, adds in
+    An empty slot costs no matrix product. The backward computes what requires a gradient and nothing else, and adds in
     a fixed order.
 
     Raises:

@@ -82,10 +82,14 @@ def _sum_slots(rows_SO: Tensor, slots: Slots) -> Tensor:
 
 
 def _by_expert(left_SM: Tensor, right_SN: Tensor, slots: Slots) -> Tensor:
-    """left^T right over the rows of each expert, (E, M, N)."""
+    """left^T right over the rows of each expert, (E, M, N); 0 for an expert without rows."""
     product = grouped_mm(left_SM.t(), right_SN, offs=slots.ends_E)
-    if product.device.type == "cuda" and torch.cuda.get_device_capability(product.device)[0] > 9:
-        # On compute capability 10 the product over no rows is not written (pytorch issue 172439).
+    if product.device.type == "cuda" and not _zeroes_empty_groups(product.device):
         counts_E = slots.ends_E.diff(prepend=slots.ends_E.new_zeros(1))
         product.masked_fill_((counts_E == 0)[:, None, None], 0.0)
     return product
+
+
+def _zeroes_empty_groups(device: torch.device) -> bool:
+    """Not so from compute capability 10 on (pytorch issue 172439), nor in some ROCm builds (pytorch pull 174314)."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] <= 9
