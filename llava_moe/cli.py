@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -24,11 +25,13 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(2)
 
 
-# These commands declare their arguments in their own modules, which are imported only when asked for.
+# These commands declare their arguments in their own modules (or a class in one), imported only when asked for.
 _OWN_PARSER = {
     "eval": ("score checkpoints with lmms-eval", "llava_moe.evaluation.run"),
     "chat": ("talk to a checkpoint in the terminal", "llava_moe.serve.cli"),
     "demo": ("talk to a checkpoint in the browser", "llava_moe.serve.gradio_app"),
+    "import": ("turn a checkpoint of another program into one of ours", "llava_moe.convert:Import"),
+    "export": ("turn a checkpoint into one that transformers, vLLM and SGLang load", "llava_moe.convert:Export"),
 }
 
 
@@ -88,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     with exit_on_user_error():
         if argv and argv[0] in _OWN_PARSER:
-            module = importlib.import_module(_OWN_PARSER[argv[0]][1])
+            name, _, inner = _OWN_PARSER[argv[0]][1].partition(":")
+            module: Any = importlib.import_module(name)
+            module = getattr(module, inner) if inner else module
             parser = argparse.ArgumentParser(prog=f"llava-moe {argv[0]}", description=module.__doc__)
             module.add_arguments(parser)
             module.main(parser.parse_args(argv[1:]))
