@@ -114,11 +114,8 @@ def test_padding_is_bounded_however_lopsided_the_loads(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch, "bmm", spy)
     weights = expert_weights(make_experts(SPECS["gated"], num_experts=40))
-    for index in (
-        torch.zeros(300, 1, dtype=torch.int64),
-        torch.arange(300).unsqueeze(1) // 20,
-        torch.arange(1).view(1, 1),
-    ):
+    skewed = torch.cat([torch.zeros(300, dtype=torch.int64), torch.arange(1, 40)]).unsqueeze(1)
+    for index in (skewed, torch.zeros_like(skewed), torch.arange(300).unsqueeze(1) // 20, torch.zeros_like(skewed[:1])):
         sizes.clear()
         KERNELS.get("batched")(torch.randn(index.shape[0], 8), index, torch.ones(index.shape), weights)
         for rows, stack in sizes:
@@ -144,6 +141,28 @@ def test_the_body_for_gpus_asks_the_device_nothing(spec: str) -> None:
         for kernel in ("blocks", "batched"):
             with pytest.raises(DataDependentOutputException):
                 KERNEL_CASES[kernel](x, index, weight, weights)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest memory that an operation asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numel = max(self.numel, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+def test_inference_holds_the_hidden_states_of_one_expert_at_a_time() -> None:
+    weights, x = expert_weights(make_experts(SPECS["gated"])), torch.randn(200, 8)
+    index = torch.arange(400).remainder(NUM_EXPERTS).reshape(200, 2)
+    with torch.no_grad(), Largest() as largest:
+        run_sorted(x, index, torch.rand(200, 2), weights, "blocks")
+    assert largest.numel == max(200 * 8, 80 * 24)
 
 
 def saved_bytes(output_of: Any, own: list[Tensor]) -> int:
