@@ -48,15 +48,16 @@ from playground.sources import Sources, open_sources
 
 SFT_SHARES = {
     "shapes_open": 0.13,
-    "shapes_yesno": 0.20,
-    "emoji_kind": 0.24,
-    "presence": 0.23,
-    "counting": 0.05,
-    "relations": 0.05,
-    "flags": 0.03,
-    "digits": 0.04,
-    "choice": 0.03,
+    "shapes_yesno": 0.27,
+    "emoji_kind": 0.17,
+    "presence": 0.3,
+    "counting": 0.03,
+    "relations": 0.03,
+    "flags": 0.025,
+    "digits": 0.025,
+    "choice": 0.02,
 }
+BARE_SHARE = 0.15  # the share of training conversations without the request for a short answer
 CAPTION_SHARES = {
     "emoji_kind": 0.45,
     "presence": 0.2,
@@ -136,8 +137,8 @@ def _counts(total: int) -> dict[str, int]:
 
 PROFILES = {
     "smoke": Profile(64, _counts(200), dict.fromkeys(EVAL_COUNTS, 8), 32, 100, use_assets=False),
-    "default": Profile(3_000, _counts(19_000), EVAL_COUNTS, 128, 3_200),
-    "full": Profile(9_000, _counts(57_000), {key: _even(1.5 * n) for key, n in EVAL_COUNTS.items()}, 128, 4_000),
+    "default": Profile(3_000, _counts(26_000), EVAL_COUNTS, 128, 3_200),
+    "full": Profile(9_000, _counts(78_000), {key: _even(1.5 * n) for key, n in EVAL_COUNTS.items()}, 128, 4_000),
 }
 Maker = Callable[[int, ImageStore, np.random.Generator], list[Example]]
 
@@ -222,11 +223,17 @@ def make_examples(
             shapes, pictures, count - half, store, rng
         )
 
+    def presence(count: int, store: ImageStore, rng: np.random.Generator) -> list[Example]:
+        if test:
+            return tasks_things.presence(things, test, count, store, rng)
+        scenes = tasks_things.presence(things, test, count // 6 * 5, store, rng)
+        return tasks_things.presence_questions(things, scenes + made["emoji_kind"], count, rng)
+
     makers: dict[str, Maker] = {
         "shapes_open": lambda n, s, r: tasks_shapes.open_questions(shapes, pictures, n, s, r),
         "shapes_yesno": lambda n, s, r: tasks_shapes.yes_no_questions(shapes, pictures, n, s, r),
         "emoji_kind": lambda n, s, r: tasks_things.kinds(things, test, n, s, r),
-        "presence": lambda n, s, r: tasks_things.presence(things, test, n, s, r),
+        "presence": presence,
         "counting": lambda n, s, r: tasks_things.counting(things, test, n, s, r),
         "relations": lambda n, s, r: tasks_things.relations(things, n, s, r),
         "flags": lambda n, s, r: tasks_other.flags(sources.flags, n, s, r),
@@ -245,8 +252,11 @@ def _streams(seed: int, split: str) -> Callable[[str], np.random.Generator]:
 def make_captions(examples: dict[str, list[Example]], total: int, rng: np.random.Generator) -> list[Example]:
     """Captioned pictures for pretraining, by CAPTION_SHARES, each picture once."""
     chosen: list[Example] = []
+    taken: set[str] = set()  # pictures of an earlier family; presence asks about those of emoji_kind too
     for family, share in CAPTION_SHARES.items():
-        unique = list({example.image: example for example in examples[family] if example.caption}.values())
+        pictures = {example.image: example for example in examples[family] if example.caption}
+        unique = [example for image, example in pictures.items() if image not in taken]
+        taken |= set(pictures)
         chosen.extend(unique[index] for index in rng.permutation(len(unique))[: round(share * total)])
     return [chosen[index] for index in rng.permutation(len(chosen))]
 
@@ -271,8 +281,10 @@ def _write_all(
         captions = make_captions(train, profile.pretrain, _streams(seed, "train")("captions"))
         sft = _shuffled(train, _streams(seed, "train")("order"))
         _write_json(folder / "pretrain.json", [caption_record(example, n) for n, example in enumerate(captions)])
-        groups = conversations(sft, _streams(seed, "train")("conversations"))
-        _write_json(folder / "sft.json", [training_record(group, n) for n, group in enumerate(groups)])
+        draw = _streams(seed, "train")("conversations")
+        groups = conversations(sft, draw)
+        records = [training_record(group, n, draw.random() < BARE_SHARE) for n, group in enumerate(groups)]
+        _write_json(folder / "sft.json", records)
         step("writing evaluation files")
         flat = [example for examples in evaluation.values() for example in examples]
         counts = {style: _write_parquet(folder / "eval", style, flat, eval_store) for style in STYLES}

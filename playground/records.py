@@ -25,7 +25,7 @@ CAPTION_REQUESTS = (
 )
 
 
-INDEPENDENT = ("shapes_open", "shapes_yesno")  # an answer says nothing about that of another question
+GROUPED = ("shapes_open", "shapes_yesno", "emoji_kind", "presence")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Example:
         subset: "unseen" when the picture shows base concepts that occur nowhere in training, otherwise "seen".
         caption: what the picture shows, where there is a good short phrase; feeds the pretraining file.
         concepts: the base concepts drawn in the picture, for the leak test.
+        topic: what about the picture is asked: the answer to an open question gives away that of a yes/no question with
+            the same topic.
     """
 
     family: str
@@ -50,6 +52,7 @@ class Example:
     caption: str = ""
     category: str = ""
     concepts: tuple[str, ...] = ()
+    topic: str = ""
 
     @property
     def prompt(self) -> str:
@@ -61,39 +64,53 @@ class Example:
 
 
 def conversations(
-    examples: Sequence[Example], rng: np.random.Generator, share: float = 0.6, most: int = 3
+    examples: Sequence[Example], rng: np.random.Generator, share: float = 0.95, most: int = 3
 ) -> list[list[Example]]:
     """Groups questions about the same picture into conversations, in the order of their first question.
 
-    A model trained on single questions answers a follow-up with its previous answer again; so a `share` of the pictures
-    that have several questions get them in one conversation, of `most` questions at the most. The others stay single.
-    Only families whose questions are independent are grouped: where one answer gives away the next (the two sides of a
-    relation, the thing that is there and the one that is not), the picture would not be looked at again.
+    A `share` of the pictures with several questions get them in conversations of `most` questions at the most, for the
+    model to learn follow-ups and for every pass over a picture to teach several answers; the others stay single. Only
+    GROUPED families take part: the two sides of a relation, say, give each other away.
     """
     by_picture: dict[str, list[Example]] = {}
     for example in examples:
         by_picture.setdefault(example.image, []).append(example)
     groups: list[list[Example]] = []
     for questions in by_picture.values():
-        independent = [question for question in questions if question.family in INDEPENDENT]
-        together = list({question.question: question for question in independent}.values())[:most]
+        grouped = [question for question in questions if question.family in GROUPED]
+        together = list({question.question: question for question in grouped}.values())
         if len(together) < 2 or rng.random() >= share:
             together = []
-        groups += [together] if together else []
-        groups += [[question] for question in questions if question not in together]
+        together = [together[index] for index in rng.permutation(len(together))]
+        groups += [_ordered(together[start : start + most]) for start in range(0, len(together), most)]
+        chosen = {id(question) for question in together}
+        groups += [[question] for question in questions if id(question) not in chosen]
     first = {id(example): number for number, example in enumerate(examples)}
     return sorted(groups, key=lambda group: min(first[id(example)] for example in group))
 
 
-def training_record(examples: Sequence[Example], number: int) -> dict[str, Any]:
-    """A LLaVA record, one turn for each question, with `family` (of the first one) as an extra key."""
+def _ordered(questions: list[Example]) -> list[Example]:
+    """The same questions, each open one after the yes/no questions that its answer would give away."""
+    place = {id(question): number for number, question in enumerate(questions)}
+    for question in questions:
+        if question.style != "pope":
+            same = [place[id(other)] for other in questions if other.style == "pope" and other.topic == question.topic]
+            place[id(question)] = max([place[id(question)], *same])
+    return sorted(questions, key=lambda question: (place[id(question)], question.style != "pope"))
+
+
+def training_record(examples: Sequence[Example], number: int, bare: bool = False) -> dict[str, Any]:
+    """A LLaVA record, one turn for each question, with `family` (of the first one) as an extra key.
+
+    Only the first turn asks for a short answer, as in LLaVA's mix665k. `bare` leaves that out too: a model that never
+    saw a question without it answers what people type in a chat with whatever it says most often.
+    """
     turns = []
     for position, example in enumerate(examples):
         marker = "<image>\n" if position == 0 else ""
-        turns += [
-            {"from": "human", "value": f"{marker}{example.prompt}"},
-            {"from": "gpt", "value": example.answer},
-        ]
+        short = bare or position > 0
+        text = example.prompt.removesuffix(SHORT_ANSWER) if short else example.prompt
+        turns += [{"from": "human", "value": f"{marker}{text}"}, {"from": "gpt", "value": example.answer}]
     return {
         "id": f"{examples[0].family}-{number:06d}",
         "image": examples[0].image,

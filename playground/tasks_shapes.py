@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 
 import numpy as np
@@ -47,7 +47,15 @@ def open_questions(
             rounds.setdefault(turn, []).append((item, *item.questions[number]))
     rows = [row for turn in sorted(rounds) for row in rounds[turn]][:count]
     return [
-        Example("shapes_open", "gqa", question, answer, _put(store, source, item), caption=_caption(item))
+        Example(
+            "shapes_open",
+            "gqa",
+            question,
+            answer,
+            _put(store, source, item),
+            caption=_caption(item),
+            topic="color" if answer in COLOURS else "shape",
+        )
         for item, question, answer in rows
     ]
 
@@ -55,18 +63,25 @@ def open_questions(
 def yes_no_questions(
     source: ShapeSource, pictures: Sequence[ShapePicture], count: int, store: ImageStore, rng: np.random.Generator
 ) -> list[Example]:
-    """For every question string as many pictures with the answer yes as with no."""
+    """For every question string as many pictures with the answer yes as with no.
+
+    A picture is asked for the same again, in whatever words, only when all such pictures have been.
+    """
     known = [item for item in pictures if item.shape and item.colour]
     subjects = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)]
     holds = {subject: [subject in (item.shape, f"{item.colour} shape") for item in known] for subject in subjects}
     subjects = [subject for subject in subjects if any(holds[subject]) and not all(holds[subject])]
     strings = [(wording.format(subject), subject) for wording in YES_NO for subject in subjects]
     strings = [strings[index] for index in rng.permutation(len(strings))]
+
+    def pool(subject: str, wanted: bool) -> Iterator[ShapePicture]:
+        return cycle([known[index] for index in rng.permutation(len(known)) if holds[subject][index] == wanted])
+
+    rounds = {(subject, wanted): pool(subject, wanted) for subject in subjects for wanted in (True, False)}
     examples = []
     for question, subject in islice(cycle(strings), count // 2):
         for answer, wanted in (("yes", True), ("no", False)):
-            fitting = [index for index, is_so in enumerate(holds[subject]) if is_so == wanted]
-            item = known[int(rng.choice(fitting))]
+            item = next(rounds[subject, wanted])
             image = _put(store, source, item)
             examples.append(
                 Example(
@@ -77,6 +92,7 @@ def yes_no_questions(
                     image,
                     category=subject.split()[-1],
                     caption=_caption(item),
+                    topic="shape" if subject in SHAPES else "color",
                 )
             )
     return examples

@@ -96,6 +96,7 @@ def kinds(catalogue: Catalogue, test: bool, count: int, store: ImageStore, rng: 
                 caption=caption,
                 category=thing.kind,
                 concepts=concepts,
+                topic="things",
             )
         )
     return examples
@@ -177,9 +178,63 @@ def _presence(
             for thing, answer in ((shown[0], "yes"), (missing, "no")):
                 question = f"Is there {asked.phrase(thing)} in the image?"
                 where = "unseen" if subset == "unseen" else "seen"
-                examples.append(
-                    Example("presence", "pope", question, answer, image, (), where, caption, asked.category, concepts)
-                )
+                facts = (caption, asked.category, concepts, "things")
+                examples.append(Example("presence", "pope", question, answer, image, (), where, *facts))
+    return examples
+
+
+def presence_questions(
+    catalogue: Catalogue, pictures: Sequence[Example], count: int, rng: np.random.Generator
+) -> list[Example]:
+    """Training questions about pictures that are there: half by name, half by kind, each on random pictures, so that
+    another answer about the same picture says little. Balanced for every question string.
+
+    `pictures`: presence examples, whose named pictures are asked by name, and others, which are asked by kind as well.
+    """
+    kinds_of: dict[str, set[str]] = defaultdict(set)  # a few concepts hold things of two kinds
+    for thing in catalogue.things:
+        kinds_of[thing.concept].add(thing.kind)
+    word_of = {thing.concept: str(thing.word) for thing in catalogue.select(held_out=False, named=True)}
+    pictures = list({example.image: example for example in pictures}.values())
+    named = [(example, set(example.concepts)) for example in pictures if example.category == "name"]
+    words = sorted({concept for _, shown in named for concept in shown})
+    by_kind = [
+        (example, set().union(*(kinds_of[concept] for concept in example.concepts)))
+        for example in pictures
+        if all(len(kinds_of[concept]) == 1 for concept in example.concepts)
+    ]
+    half = count // 4 * 2
+    return _balanced(named, {word: article(word_of[word]) for word in words}, "name", half, rng) + _balanced(
+        by_kind, {kind: f"any {kind}" for kind in catalogue.kinds}, "kind", count - half, rng
+    )
+
+
+def _balanced(
+    pictures: Sequence[tuple[Example, set[str]]],
+    phrases: dict[str, str],
+    category: str,
+    count: int,
+    rng: np.random.Generator,
+) -> list[Example]:
+    """`count` questions in turn over `phrases`, for each one picture that shows it and one that does not.
+
+    A picture gets a question again only when all have had it: a repeated question would be a conversation of its own,
+    and since few pictures show a thing, those would mostly be answered with yes.
+    """
+
+    def pool(key: str, wanted: bool) -> list[Example]:
+        fitting = [example for example, shown in pictures if (key in shown) == wanted]
+        return [fitting[index] for index in rng.permutation(len(fitting))]
+
+    pools = {key: (pool(key, True), pool(key, False)) for key in phrases}
+    usable = [key for key in phrases if all(pools[key])]
+    rounds = {key: zip(*map(cycle, pools[key]), strict=False) for key in usable}
+    examples = []
+    for key in islice(cycle(usable), count // 2):
+        for answer, picture in zip(("yes", "no"), next(rounds[key]), strict=True):
+            question = f"Is there {phrases[key]} in the image?"
+            facts = (picture.caption, category, picture.concepts, "things")
+            examples.append(Example("presence", "pope", question, answer, picture.image, (), "seen", *facts))
     return examples
 
 

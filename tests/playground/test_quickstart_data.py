@@ -17,7 +17,15 @@ from PIL import Image
 from playground import quickstart_data
 from playground.assets import fetch_assets
 from playground.quickstart_data import EVAL_COUNTS, PROFILES, SFT_SHARES, DataBuildError, build, make_examples
-from playground.records import LETTER_ANSWER, SHORT_ANSWER, Example, commonest_answers, evaluation_record
+from playground.records import (
+    LETTER_ANSWER,
+    SHORT_ANSWER,
+    Example,
+    commonest_answers,
+    conversations,
+    evaluation_record,
+    training_record,
+)
 from playground.scenes import ImageStore
 from playground.sources import Sources, open_sources
 from tests.playground.fake_wheels import fake_assets
@@ -72,6 +80,8 @@ def test_training_files(smoke: Path) -> None:
     questions = [len(record["conversations"]) // 2 for record in sft]
     assert sum(questions) == sum(PROFILES["smoke"].sft.values())
     assert max(questions) in (2, 3)
+    short = [SHORT_ANSWER in record["conversations"][0]["value"] for record in sft]
+    assert 0.7 < sum(short) / len(short) < 0.95
     assert all(
         record["conversations"][2]["value"].count("<image>") == 0 for record in sft if len(record["conversations"]) > 2
     )
@@ -185,6 +195,12 @@ def test_yes_no_is_balanced_for_every_string(both: dict[str, dict[str, list[Exam
         assert all(count["yes"] == count["no"] for count in answers.values())
 
 
+def test_no_picture_is_asked_the_same_twice_in_training(both: dict[str, dict[str, list[Example]]]) -> None:
+    for family in ("shapes_yesno", "presence"):
+        asked = Counter((example.image, example.question) for example in both["train"][family])
+        assert max(asked.values()) == 1
+
+
 def test_presence_and_relations_answer_to_the_picture(
     both: dict[str, dict[str, list[Example]]], sources: Sources
 ) -> None:
@@ -239,6 +255,42 @@ def test_commonest_answers() -> None:
     train = [example("a?", "1"), example("a?", "2"), example("a?", "2"), example("b?", "3"), example("b?", "3")]
     priors = commonest_answers([*train, example("b?", "3")], [example("a?", "9"), example("new?", "9")])
     assert priors == {"a?": "2", "new?": "3"}
+
+
+def asked(image: str, style: str, topic: str, number: int) -> Example:
+    family = "shapes_yesno" if style == "pope" else "shapes_open"
+    return Example(family, style, f"{topic} {number}?", "yes", image, topic=topic)  # type: ignore[arg-type]
+
+
+def test_conversations_hold_every_question_once_and_give_nothing_away() -> None:
+    examples = [
+        asked(f"{image}.png", style, topic, number)
+        for image in range(30)
+        for number in range(2)
+        for style, topic in (("gqa", "color"), ("pope", "color"), ("gqa", "shape"), ("pope", "shape"))
+    ]
+    examples += [Example("relations", "gqa", f"where {side}?", "left", "0.png") for side in "ab"]
+    groups = conversations(examples, np.random.default_rng(0))
+    assert sorted(id(example) for group in groups for example in group) == sorted(map(id, examples))
+    assert {len(group) for group in groups} >= {1, 3}
+    orders = set()
+    for group in groups:
+        assert len({example.image for example in group}) == 1
+        assert len(group) == 1 or "relations" not in {example.family for example in group}
+        for place, example in enumerate(group):
+            told = {before.topic for before in group[:place] if before.style == "gqa"}
+            assert example.style != "pope" or example.topic not in told
+        orders.add(tuple(example.style for example in group))
+    assert len(orders) > 4
+
+
+def test_only_the_first_turn_asks_for_a_short_answer() -> None:
+    group = [asked("a.png", "pope", "color", 0), asked("a.png", "gqa", "color", 0)]
+    for bare, first in ((False, f"<image>\ncolor 0?{SHORT_ANSWER}"), (True, "<image>\ncolor 0?")):
+        turns = training_record(group, 3, bare)["conversations"]
+        assert [turn["value"] for turn in turns] == [first, "yes", "color 0?", "yes"]
+    choice = Example("choice", "mmbench", "Which?", "A", "a.png", ("x", "y"))
+    assert training_record([choice], 0, True)["conversations"][0]["value"].endswith(LETTER_ANSWER)
 
 
 def test_prompts_equal_the_official_ones(both: dict[str, dict[str, list[Example]]]) -> None:
