@@ -259,7 +259,7 @@ def test_commonest_answers() -> None:
 
 def asked(image: str, style: str, topic: str, number: int) -> Example:
     family = "shapes_yesno" if style == "pope" else "shapes_open"
-    return Example(family, style, f"{topic} {number}?", "yes", image, topic=topic)  # type: ignore[arg-type]
+    return Example(family, style, f"{style} {topic} {number}?", "yes", image, topic=topic)  # type: ignore[arg-type]
 
 
 def test_conversations_hold_every_question_once_and_give_nothing_away() -> None:
@@ -286,9 +286,9 @@ def test_conversations_hold_every_question_once_and_give_nothing_away() -> None:
 
 def test_only_the_first_turn_asks_for_a_short_answer() -> None:
     group = [asked("a.png", "pope", "color", 0), asked("a.png", "gqa", "color", 0)]
-    for bare, first in ((False, f"<image>\ncolor 0?{SHORT_ANSWER}"), (True, "<image>\ncolor 0?")):
+    for bare, first in ((False, f"<image>\npope color 0?{SHORT_ANSWER}"), (True, "<image>\npope color 0?")):
         turns = training_record(group, 3, bare)["conversations"]
-        assert [turn["value"] for turn in turns] == [first, "yes", "color 0?", "yes"]
+        assert [turn["value"] for turn in turns] == [first, "yes", "gqa color 0?", "yes"]
     choice = Example("choice", "mmbench", "Which?", "A", "a.png", ("x", "y"))
     assert training_record([choice], 0, True)["conversations"][0]["value"].endswith(LETTER_ANSWER)
 
