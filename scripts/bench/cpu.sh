@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Times every kernel and router of the MoE layer beside a dense block of the same active FLOPs on this CPU, which should
+# do nothing else; writes benchmarks/results/moe_layer/. About 10 minutes. Arguments go to benchmarks/moe_layer.py.
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+need_llava_moe
+OUT=${OUT:-benchmarks/results/moe_layer}; mkdir -p "$OUT"
+for shape in "8 2 1408" "64 8 352"; do
+  read -r experts k intermediate <<<"$shape"
+  python benchmarks/moe_layer.py --experts "$experts" --k "$k" --intermediate "$intermediate" \
+    --json "$OUT/cpu_e${experts}_k${k}.json" "$@"
+done
