@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_moe.moe.build import LAYERS, LayerPlan, build_layer
+from llava_moe.moe.capacity import Capacity
 from llava_moe.moe.controllers import CONTROLLERS
-from llava_moe.moe.experts import EXPERTS
+from llava_moe.moe.experts import EXPERTS, SharedExperts
 from llava_moe.moe.growth import GROWERS
 from llava_moe.moe.kernels import KERNELS
 from llava_moe.moe.losses import BALANCE_LOSSES
@@ -52,6 +53,7 @@ def catalogue() -> str:
         ("Scorers", _entries(SCORERS)),
         ("Selectors", _entries(SELECTORS)),
         ("Experts", _entries(EXPERTS)),
+        ("Beside the experts", {"shared": SharedExperts, "capacity": Capacity}),
         ("Kernels", _entries(KERNELS)),
         ("Balance losses", _entries(BALANCE_LOSSES)),
         ("Controllers", _entries(CONTROLLERS)),

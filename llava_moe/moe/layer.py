@@ -46,6 +46,9 @@ class MoELayer(nn.Module):
         self.capacity = capacity
         self.site = (part, layer)
         self.scope = scope if scope is not None else RoutingScope()
+        router.check_part(part)
+        if capacity is not None:
+            capacity.check(router)
         router.attach(experts)
         self.side = router.side_branch(experts.spec)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Where a layer sits: its part of the model ("decoder", "vision", "projector") and its index there.
 SiteKey = tuple[str, int]
+# Extras with which a capacity keeps what the router chose, beside the slots that it has left filled.
+CHOSEN, CHOSEN_WEIGHT = "chosen_TK", "chosen_weight_TK"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Routing:
 
     def gates_TE(self) -> Tensor:
         """The combine weights spread over the experts, (T, E); 0 for experts that a token does not use."""
-        spread = torch.zeros(self.num_tokens, self.num_experts + 1, device=self.weight_TK.device)
+        size = (self.num_tokens, self.num_experts + 1)
+        spread = torch.zeros(size, dtype=torch.float32, device=self.weight_TK.device)
         spread = spread.scatter_add(1, self.index_TK, self.weight_TK.float())
         return spread[:, : self.num_experts]
 
@@ -111,6 +114,15 @@ class Routing:
         if name not in self.extras:
             raise ValueError(f"this router does not provide {name!r}; it provides {sorted(self.extras) or 'no extras'}")
         return self.extras[name]
+
+    def before_drops(self) -> Routing:
+        """What the router chose, where a capacity has emptied slots since: what balance losses are about.
+
+        After the drops no expert has more than its capacity, whatever the router prefers.
+        """
+        if CHOSEN not in self.extras:
+            return self
+        return dataclasses.replace(self, index_TK=self.extras[CHOSEN], weight_TK=self.extras[CHOSEN_WEIGHT])
 
     def detach(self) -> Routing:
         return Routing(

@@ -31,6 +31,11 @@ from tests.moe.cases import SPECS
         ({"num_experts": 4, "shared": {"mix": "summ"}}, "unknown mix 'summ'"),
         ({"num_experts": 4, "shared": {"num": 0}}, "num=0"),
         ({"num_experts": 4, "capacity": {"factr": 1.0}}, "no option 'factr'"),
+        ({"num_experts": 4, "capacity": {"tau": 0.75}}, "does not tell apart; use the router moe_plus_plus"),
+        (
+            {"num_experts": 4, "router": "hash", "router_args": {"by": "position"}},
+            "by='position' cannot be used in a dec",
+        ),
     ],
 )
 def test_bad_plans_are_refused_at_construction(plan: dict[str, Any], message: str) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava_moe.moe import Capacity, MoELayer, Routing, RoutingContext
+from llava_moe.moe import Capacity, LayerPlan, MoELayer, Routing, RoutingContext, build_layer
+from llava_moe.moe.capacity_bounds import heterogeneous_capacity
 from tests.moe.cases import NUM_EXPERTS, SPECS, make_experts, make_router
 
 
@@ -87,7 +88,12 @@ def test_the_factor_stays_float32_and_is_saved() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), [({"factor": 0.0}, "must be above 0"), ({"policy": "best"}, "unknown policy")]
+    ("args", "message"),
+    [
+        ({"factor": 0.0}, "must be above 0"),
+        ({"policy": "best"}, "unknown policy"),
+        ({"tau": 0.0}, r"tau=0\.0 must be above 0"),
+    ],
 )
 def test_bad_options(args: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -102,3 +108,52 @@ def test_no_value_is_needed_on_the_host(policy: str) -> None:
         )
         found = Capacity(Capacity.Config(1.0, policy))(routing, RoutingContext.trivial(20))
     assert found.extras["dropped_T"].shape == (20,)
+
+
+@pytest.mark.parametrize("name", ["top_k", "expert_token_resonance"])
+def test_what_the_router_chose_stays_known(name: str) -> None:
+    router, context = make_router((name, {})), RoutingContext.trivial(20)
+    routing = router(torch.randn(20, 8), context)
+    found = Capacity(Capacity.Config(0.4))(routing, context)
+    before = found.before_drops()
+    assert before.index_TK is routing.index_TK
+    assert before.weight_TK is routing.weight_TK
+    assert before.load_E().sum() > found.load_E().sum()
+    assert routing.before_drops() is routing
+
+
+def test_drops_of_the_router_itself_count_too() -> None:
+    router = make_router(("expert_token_resonance", {"factor": 0.5})).train()
+    layer = MoELayer(router, make_experts(SPECS["gated"]), part="vision", capacity=Capacity(Capacity.Config(0.6)))
+    with layer.scope.recording() as routings:
+        layer.train()(torch.randn(40, 8))
+    routing = routings["vision", 0]
+    by_router = 40 - int(routing.before_drops().load_E().sum())
+    assert 0 < by_router < int(routing.extras["dropped_T"].sum())
+    assert int(routing.extras["dropped_T"].sum()) + int(routing.load_E().sum()) == 40
+
+
+def test_the_largest_weights_stay_also_where_they_subtract() -> None:
+    index_TK, weight_TK = torch.zeros(3, 1, dtype=torch.int64), torch.tensor([[0.3], [-0.9], [0.5]])
+    routing = Routing(torch.zeros(3, 2), torch.zeros(3, 2), index_TK, weight_TK)
+    found = Capacity(Capacity.Config(1.3, "weight"))(routing, RoutingContext.trivial(3))
+    assert found.index_TK.flatten().tolist() == [2, 0, 0]
+
+
+def test_experts_without_computation_have_a_capacity_of_their_own() -> None:
+    """1024 slots for eight feed-forward experts and four others: the worked numbers of MoE++."""
+    plan = LayerPlan(8, router="moe_plus_plus", experts="special", capacity={"factor": 1.1, "tau": 0.75})
+    layer = build_layer(plan, SPECS["gated"]).train()
+    with torch.no_grad():
+        layer.router.scorer.weight.normal_()
+        layer.router.scorer.weight[::9] *= 4  # the first feed-forward expert and the copy
+    with layer.scope.recording() as routings:
+        layer(torch.randn(512, 8))
+    routing = routings["decoder", 0]
+    chosen, load = routing.before_drops().load_E(), routing.load_E()
+    ffn, other = heterogeneous_capacity(1024, 8, 4, tau=0.75, factor=1.1)
+    limit = torch.tensor([math.ceil(ffn)] * 8 + [math.ceil(other)] * 4)
+    assert limit.unique().tolist() == [85, 113]
+    assert torch.equal(load, torch.minimum(chosen, limit))
+    assert (chosen > limit)[:8].any()
+    assert (chosen > limit)[8:].any()

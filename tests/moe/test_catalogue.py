@@ -25,6 +25,8 @@ def test_everything_is_listed() -> None:
     text = PAGE.read_text()
     for _, name, _ in ENTRIES:
         assert f"### {name}\n" in text
+    for option in ("mix", "policy", "tau"):  # of shared experts and of a capacity, which are in no registry
+        assert f"| `{option}` |" in text
 
 
 @pytest.mark.parametrize(("kind", "name", "entry"), ENTRIES, ids=[f"{kind}-{name}" for kind, name, _ in ENTRIES])

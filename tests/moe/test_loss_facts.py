@@ -35,7 +35,9 @@ def test_golden_numbers() -> None:
         routing.probs_TE,
         {"load_prob_TE": torch.full((4, 3), 0.5)},
     )
-    assert float(by_default("importance_load")(whole, context)) == pytest.approx(0.001875, abs=1e-7)
+    found = float(by_default("importance_load")(whole, context))
+    assert found == pytest.approx(0.001875, abs=1e-7)  # with the unbiased variance; the biased one would give
+    assert found * 2 / 3 == pytest.approx(0.00125, abs=1e-7)
 
 
 def test_one_sequence_is_switch() -> None:
@@ -59,6 +61,8 @@ def test_the_two_ends(name: str) -> None:
     dealt = torch.stack([torch.arange(12) % 4, (torch.arange(12) + 1) % 4], dim=-1)
     uniform = routing_of(torch.zeros(12, 4), index=dealt)
     assert float(by_default(name)(uniform, context)) == pytest.approx(1.0, abs=1e-6)
+    crowded = routing_of(torch.zeros(12, 4), index=torch.zeros(12, 1, dtype=torch.int64), k=1)
+    assert float(by_default(name)(crowded, context)) == pytest.approx(1.0, abs=1e-6), "whatever the load"
     one_for_all = routing_of(torch.tensor([40.0, 0, 0, 0]).repeat(12, 1), k=1)
     assert float(by_default(name)(one_for_all, context)) == pytest.approx(4.0, abs=1e-5)
     lopsided = routing_of(torch.tensor([2.0, 1.0, 0, 0]).repeat(12, 1))

@@ -332,3 +332,8 @@ def test_experts_of_all_kinds_take_any_of_these_routers() -> None:
             layer = build_layer(LayerPlan(4, router=name, experts=kind), SPEC, part="vision")
             assert isinstance(layer.experts, nn.Module)
             assert torch.isfinite(layer(torch.randn(2, 5, HIDDEN))).all()
+
+
+def test_modality_needs_what_its_routers_need() -> None:
+    assert make(("modality", {"router": "hash", "router_args": {"k": 1}})).needs == ("modality_T", "token_ids_T")
+    assert make(("modality", {})).needs == ("modality_T",)

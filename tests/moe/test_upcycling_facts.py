@@ -191,6 +191,19 @@ def test_exchanges_keep_parts_even_and_raise_the_weight_inside() -> None:
     assert min(shares) > 0.95
 
 
+def test_no_single_exchange_helps_in_the_end() -> None:
+    """All pairs of neurons of three parts, also where edges are negative; parts larger than the first look at them."""
+    for shift in (0.0, 0.5):
+        graph = torch.rand(150, 150, dtype=torch.float64) - shift
+        graph = (graph + graph.t()).fill_diagonal_(0)
+        labels = balanced_graph_partition(graph, 3, sweeps=100)
+        tie = graph @ torch.nn.functional.one_hot(labels, 3).double()
+        own = tie.gather(1, labels.unsqueeze(1))
+        pull = tie[:, labels] - own  # of each neuron to the part of each other one
+        gain = pull + pull.t() - 2 * graph
+        assert float(gain[labels.unsqueeze(1) != labels].max()) < 1e-6
+
+
 def test_gradient_assignment_takes_the_largest_pairs() -> None:
     scores = torch.rand(4, 20)
     found = greedy_assignment(scores, 5)

@@ -27,7 +27,8 @@ class Controller(Component, ABC):
         layers: every MoE layer of the model.
 
     Attributes:
-        drives: the balance losses that `factor` answers for; training refuses a recipe that does not name them.
+        drives: the balance losses that `factor` answers for, or without which it is nothing; training refuses a recipe
+            that does not name them.
 
     Raises:
         ValueError: no layer has the knob that it turns.
@@ -74,10 +75,18 @@ def knobs(layers: Mapping[SiteKey, MoELayer], name: str) -> dict[SiteKey, list[n
     """The modules with a buffer of that name inside each layer; layers without one are left out."""
     found: dict[SiteKey, list[nn.Module]] = {}
     for site, layer in layers.items():
-        owners = [m for m in layer.modules() if isinstance(m._buffers.get(name), torch.Tensor)]
+        owners = [m for m in layer.modules() if _has_buffer(m, name)]
         if owners:
             found[site] = owners
     return found
+
+
+def _has_buffer(module: nn.Module, name: str) -> bool:
+    try:
+        module.get_buffer(name)  # asked and not looked up: a stock router has its bias under another name
+    except AttributeError:
+        return False
+    return True
 
 
 def take(state: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:

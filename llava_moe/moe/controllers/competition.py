@@ -25,7 +25,13 @@ KNOB = "competes"
 
 
 class CompetitionSchedule(Controller):
-    """Sets `competes` to 1 in the layers whose turn it is, and to 0 after the step: what is saved never competes."""
+    """Sets `competes` to 1 in the layers whose turn it is, and to 0 after the step: what is saved never competes.
+
+    The loss `competition` must be named beside it: without it the router learns nothing from a competition, and gets no
+    gradient at all in such a step, which data-parallel training cannot do with.
+    """
+
+    drives = ("competition",)
 
     @dataclasses.dataclass(frozen=True)
     class Config(Controller.Config):

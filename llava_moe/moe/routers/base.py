@@ -81,6 +81,13 @@ class Router(Float32Buffers, Component, ABC):
             ValueError: the router cannot work with them.
         """
 
+    def check_part(self, part: str) -> None:  # an optional hook
+        """Called once by the layer: where in a model it stands.
+
+        Raises:
+            ValueError: the router cannot work there.
+        """
+
     def side_branch(self, spec: MlpSpec) -> nn.Module | None:
         """A module (x_TD, routing) -> y_TD that the layer adds to the experts' output; None for most methods."""
         return None

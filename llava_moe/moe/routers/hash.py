@@ -19,10 +19,7 @@ from llava_moe.moe.component import check_k
 from llava_moe.moe.routers import hash_tables
 from llava_moe.moe.routers.base import Router
 from llava_moe.moe.types import Routing, RoutingContext
-from llava_moe.registry import near_misses
 
-BY = ("token", "position")
-TABLES = ("random", "modulo", "balanced")
 POSITIONS = 4096
 
 
@@ -32,7 +29,7 @@ class HashRouter(Router):
     Only to tokens that go by their place do others matter: the earlier ones of the sequence are counted, not padding.
 
     Raises:
-        ValueError: an option is refused; in `forward`, ids are missing, or positions are asked for in a decoder.
+        ValueError: an option is refused, or positions are asked for in a decoder; in `forward`, ids are missing.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -41,10 +38,10 @@ class HashRouter(Router):
 
         Attributes:
             k: experts of a token, 1..E; above 1 a row names k different ones (several hashes).
-            by: one of `BY`. "position" is for towers and projectors: a decoder that generates with a cache sees a token
-                without its position.
-            table: one of `TABLES`: "random" draws each row, "modulo" gives id v to the expert v mod E, "balanced" needs
-                `frequencies` and gives the experts equal loads under them.
+            by: "token" or "position", which is for towers and projectors: a decoder that generates with a cache sees a
+                token without its position.
+            table: "random" draws each row, "modulo" gives id v to the expert v mod E, "balanced" needs `frequencies`
+                and gives the experts equal loads under them.
             seed: of the tables; None draws from the generator of the initial parameters, so that layers differ.
             rows: of the table; None takes 65536, or one for each frequency. Ids beyond it share rows.
             frequencies: of the ids 0, 1, ...: any numbers that are proportional to them.
@@ -66,9 +63,6 @@ class HashRouter(Router):
     def __init__(self, hidden: int, num_experts: int, config: HashRouter.Config) -> None:
         super().__init__(hidden, num_experts, config)
         check_k("hash router", config.k, num_experts)
-        for key, known in (("by", BY), ("table", TABLES)):
-            if (name := getattr(config, key)) not in known:
-                raise ValueError(f"hash router: unknown {key} {name!r}; {near_misses(name, list(known))}")
         rows = hash_tables.num_rows(config.by, config.table, config.rows, config.frequencies)
         self.register_buffer("table_VK", torch.zeros(rows, config.k, dtype=torch.int64))
         self.register_buffer("position_table_VK", torch.zeros(POSITIONS, config.k, dtype=torch.int64))
@@ -76,6 +70,10 @@ class HashRouter(Router):
             self.needs = ()  # type: ignore[misc]  # on the instance: it depends on the options
             self.token_choice = False
         self.reset_parameters()
+
+    def check_part(self, part: str) -> None:
+        if self.config.by == "position" and part == "decoder":
+            raise ValueError("hash router: by='position' cannot be used in a decoder; use by='token'")
 
     @property
     def active_experts(self) -> float:
@@ -104,8 +102,7 @@ class HashRouter(Router):
 
     def _experts(self, context: RoutingContext) -> Tensor:
         if self.config.by == "position":
-            if context.part == "decoder":
-                raise ValueError("hash router: by='position' cannot be used in a decoder; use by='token'")
+            self.check_part(context.part)
             return self._by_place(context, context.token_mask_T)
         if context.token_ids_T is None:
             raise ValueError("hash router: token_ids_T is missing; by='position' does without, outside the decoder")

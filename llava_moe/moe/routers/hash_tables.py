@@ -8,6 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llava_moe.registry import near_misses
+
+BY = ("token", "position")
+TABLES = ("random", "modulo", "balanced")
 DEFAULT_ROWS = 65536
 
 
@@ -15,8 +19,11 @@ def num_rows(by: str, table: str, rows: int | None, frequencies: Sequence[float]
     """The number of rows for token ids that the options of `HashRouter` ask for.
 
     Raises:
-        ValueError: they contradict each other, or a number is refused.
+        ValueError: a name is unknown, they contradict each other, or a number is refused.
     """
+    for key, name, known in (("by", by, BY), ("table", table, TABLES)):
+        if name not in known:
+            raise ValueError(f"hash router: unknown {key} {name!r}; {near_misses(name, list(known))}")
     if by == "position":
         if table != "random" or rows is not None or frequencies is not None:
             raise ValueError("hash router: table, rows and frequencies are for by='token'; by='position' sees no ids")

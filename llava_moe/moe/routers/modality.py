@@ -11,7 +11,7 @@ router of the other modality sees the token as padding. Shapes: T tokens, D hidd
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class ModalityRouter(Router):
     In evaluation a missing modality means text, as in a step of generation; in training it is an error.
     """
 
-    needs = ("modality_T",)
+    needs: ClassVar[tuple[str, ...]] = ("modality_T",)
 
     @dataclasses.dataclass(frozen=True)
     class Config(Router.Config):
@@ -72,6 +72,7 @@ class ModalityRouter(Router):
             raise ValueError(f"modality router: router={config.router!r} cannot be split by modality")
         for flag in ("token_choice", "causal_safe", "normalised", "stochastic", "signed", "learned", "extras"):
             setattr(self, flag, getattr(inner, flag))
+        self.needs = tuple(dict.fromkeys((*type(self).needs, *inner.needs)))  # type: ignore[misc]  # on the instance
 
     @property
     def active_experts(self) -> float:
@@ -93,8 +94,8 @@ class ModalityRouter(Router):
                 raise ValueError("modality router: needs context.modality_T; give the model input_ids")
             modality_T = torch.zeros_like(context.sequence_T)
         is_image_T = modality_T == 1
-        image = self._widened(self.image, 0, x_TD, context, is_image_T)
-        text = self._widened(self.text, self.text_start, x_TD, context, ~is_image_T)
+        image = self._fit(self.image, 0, x_TD, context, is_image_T)
+        text = self._fit(self.text, self.text_start, x_TD, context, ~is_image_T)
         num_slots = max(image["index_TK"].shape[1], text["index_TK"].shape[1])
         for found in (image, text):
             for name, fill in (("index_TK", self.num_experts), ("weight_TK", 0.0)):
@@ -104,16 +105,14 @@ class ModalityRouter(Router):
         logits_TE, probs_TE, index_TK, weight_TK = (merged.pop(n) for n in _MAIN)
         return Routing(logits_TE, probs_TE, index_TK, weight_TK, merged)
 
-    def _widened(
-        self, inner: Router, start: int, x_TD: Tensor, context: RoutingContext, own_T: Tensor
-    ) -> dict[str, Tensor]:
+    def _fit(self, inner: Router, base: int, x_TD: Tensor, context: RoutingContext, own_T: Tensor) -> dict[str, Tensor]:
         """The routing of one inner router, its experts put at their places among all E, by field name."""
         routing = inner(x_TD, dataclasses.replace(context, token_mask_T=context.token_mask_T & own_T))
-        room = (start, self.num_experts - start - inner.num_experts)
+        room = (base, self.num_experts - base - inner.num_experts)
         found = {
             "logits_TE": pad(routing.logits_TE, room, value=CLOSED),
             "probs_TE": pad(routing.probs_TE, room),
-            "index_TK": (routing.index_TK + start).masked_fill(routing.index_TK == inner.num_experts, self.num_experts),
+            "index_TK": (routing.index_TK + base).masked_fill(routing.index_TK == inner.num_experts, self.num_experts),
             "weight_TK": routing.weight_TK,
         }
         return found | {n: pad(t, room) if n.endswith("_TE") else t for n, t in routing.extras.items()}

@@ -64,11 +64,12 @@ def balanced_graph_partition(weight_FF: Tensor, num_parts: int, sweeps: int) -> 
     labels_F = _grow(graph_FF, num_parts)
     # How much every neuron is tied to each part.
     tie_FE = graph_FF @ nn.functional.one_hot(labels_F, num_parts).double()
+    least_F = graph_FF.amin(dim=1)
     for _ in range(sweeps):
         exchanged = False
         for a in range(num_parts):
             for b in range(a + 1, num_parts):
-                exchanged |= _refine(graph_FF, tie_FE, labels_F, a, b)
+                exchanged |= _refine(graph_FF, least_F, tie_FE, labels_F, a, b)
         if not exchanged:
             break
     return labels_F
@@ -90,14 +91,14 @@ def _grow(graph_FF: Tensor, num_parts: int) -> Tensor:
     return labels_F
 
 
-def _refine(graph_FF: Tensor, tie_FE: Tensor, labels_F: Tensor, a: int, b: int) -> bool:
+def _refine(graph_FF: Tensor, least_F: Tensor, tie_FE: Tensor, labels_F: Tensor, a: int, b: int) -> bool:
     """Exchanges a good pair of two parts until none helps, in place; whether there was one."""
     in_a, in_b = (labels_F == a).nonzero().flatten(), (labels_F == b).nonzero().flatten()
     pull_F = tie_FE[:, b] - tie_FE[:, a]
     tolerance = 1e-9 * float(pull_F.abs().max())
     exchanged = False
     # Every exchange raises the weight inside the parts by more than the tolerance, so this ends.
-    while (pair := _helpful_pair(graph_FF, pull_F, in_a, in_b, tolerance)) is not None:
+    while (pair := _helpful_pair(graph_FF, least_F, pull_F, in_a, in_b, tolerance)) is not None:
         exchanged = True
         i, j = pair
         to_b, to_a = int(in_a[i]), int(in_b[j])
@@ -111,18 +112,30 @@ def _refine(graph_FF: Tensor, tie_FE: Tensor, labels_F: Tensor, a: int, b: int) 
 
 
 def _helpful_pair(
-    graph_FF: Tensor, pull_F: Tensor, in_a: Tensor, in_b: Tensor, tolerance: float
+    graph_FF: Tensor, least_F: Tensor, pull_F: Tensor, in_a: Tensor, in_b: Tensor, tolerance: float
 ) -> tuple[int, int] | None:
     """Places in `in_a` and `in_b` of a pair worth exchanging, None when there is none.
 
-    The most drawn neurons of both parts are tried first: all pairs are M x M, and are looked at before giving up.
+    The most drawn neurons of both parts are tried first. All pairs are M x M; before giving up, those are looked at
+    that could help with the least weight that their edge can have.
     """
-    for count in (_CANDIDATES, len(in_a)):
-        first = pull_F[in_a].topk(min(count, len(in_a))).indices
-        second = (-pull_F[in_b]).topk(min(count, len(in_b))).indices
-        from_a, from_b = in_a[first], in_b[second]
-        gain = pull_F[from_a].unsqueeze(1) - pull_F[from_b] - 2 * graph_FF[from_a.unsqueeze(1), from_b]
-        i, j = divmod(int(gain.argmax()), len(from_b))
-        if float(gain[i, j]) > tolerance:
-            return int(first[i]), int(second[j])
-    return None
+    pull_a, pull_b = pull_F[in_a], pull_F[in_b]
+    few = min(_CANDIDATES, len(in_a))
+    first, second = pull_a.topk(few).indices, (-pull_b).topk(few).indices
+    pair = _best_pair(graph_FF, pull_F, in_a, in_b, first, second, tolerance)
+    if pair is None and few < len(in_a):
+        first = (pull_a - 2 * least_F[in_a] - pull_b.min() > tolerance).nonzero().flatten()
+        second = (pull_a.max() - pull_b - 2 * least_F[in_b] > tolerance).nonzero().flatten()
+        if len(first) and len(second):
+            pair = _best_pair(graph_FF, pull_F, in_a, in_b, first, second, tolerance)
+    return pair
+
+
+def _best_pair(
+    graph_FF: Tensor, pull_F: Tensor, in_a: Tensor, in_b: Tensor, first: Tensor, second: Tensor, tolerance: float
+) -> tuple[int, int] | None:
+    """The best of the pairs of these places, if it is worth an exchange."""
+    from_a, from_b = in_a[first], in_b[second]
+    gain = pull_F[from_a].unsqueeze(1) - pull_F[from_b] - 2 * graph_FF[from_a.unsqueeze(1), from_b]
+    i, j = divmod(int(gain.argmax()), len(from_b))
+    return (int(first[i]), int(second[j])) if float(gain[i, j]) > tolerance else None
