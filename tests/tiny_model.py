@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, CONFIG_MAPPING, PretrainedConfig, Sig
 from llava_moe.data.processing import LlavaMoeProcessor  # isort: skip
 from llava_moe.model.configuration import LlavaMoeConfig
 from llava_moe.model.modeling import LlavaMoeForConditionalGeneration
-from llava_moe.model.projector import Projector
+from llava_moe.model.projectors import Projector
 from llava_moe.model.vision import TimmTowerConfig
 from llava_moe.moe import Experts, Router
 from tests.tiny import tiny_siglip_processor, tiny_tokenizer

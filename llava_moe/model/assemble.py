@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +13,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llava_moe.config import ModelSection
-from llava_moe.model.configuration import LlavaMoeConfig
-from llava_moe.model.modeling import CheckpointError, LlavaMoeForConditionalGeneration
-from llava_moe.model.vision import TimmTower, timm_tower_config
+from llava_moe.model.families import FAMILIES, MODEL_TYPES, build_model, family_of, our_config
+from llava_moe.model.head import logit_changes
+from llava_moe.model.modeling import CheckpointError
+from llava_moe.model.vision_load import count_tokens, load_tower
 
 IMAGE_TOKEN = "<image>"
-_TIMM = "timm:"
 _PROBE = 1 << 20
-_SUPPORTED = ("llava_moe", "llava")
 
 
 @contextmanager
@@ -39,12 +37,25 @@ def whole_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    move_into_place(partial, target)
 
 
-def check_checkpoint(path: str | Path) -> Path:
+def move_into_place(whole: Path, target: Path) -> None:
+    """Gives a whole directory its name; an earlier result of that name is there until the new one is."""
+    earlier = target.with_name(target.name + ".earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if target.exists():
+        target.rename(earlier)
+    whole.rename(target)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def check_checkpoint(path: str | Path, admits: Callable[[str | None], bool] | None = None) -> Path:
     """Looks at a checkpoint directory without loading its weights.
+
+    Args:
+        path: the directory.
+        admits: says of other values of model_type whether they are readable too.
 
     Raises:
         CheckpointError: it is no directory, has no config.json or no weights, or is of another kind of model.
@@ -61,10 +72,8 @@ def check_checkpoint(path: str | Path) -> Path:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{config_file}: not valid JSON: {error}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in _SUPPORTED:
-        raise CheckpointError(
-            f"{path}: its model_type is {model_type!r}; this program reads {' and '.join(_SUPPORTED)}"
-        )
+    if model_type not in MODEL_TYPES and not (admits is not None and admits(model_type)):
+        raise CheckpointError(f"{path}: its model_type is {model_type!r}; this program reads {', '.join(MODEL_TYPES)}")
     if not list(path.glob("*.safetensors")):
         raise CheckpointError(f"{path}: no *.safetensors there; the checkpoint was not written to its end")
     _check_weight_files(path)
@@ -105,37 +114,41 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
-) -> LlavaMoeForConditionalGeneration:
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> Any:
     """Loads a checkpoint of ours or a stock llava-hf one, in eval mode; attention is SDPA where its parts have it.
 
     Raises:
         CheckpointError: the directory is no such checkpoint, or tensors are missing.
     """
     path = check_checkpoint(path)
-    kind = json.loads((path / "config.json").read_text())["model_type"]
-    config = None
-    if kind == "llava":
-        stock = AutoConfig.from_pretrained(path).to_dict()
-        config = LlavaMoeConfig(**{key: value for key, value in stock.items() if key != "model_type"})
-    model = LlavaMoeForConditionalGeneration.from_pretrained(
-        path, config=config, dtype=dtype, attn_implementation=attn_implementation
-    )
+    config = our_config(AutoConfig.from_pretrained(path))
+    family = family_of(config)
+    assert family is not None  # check_checkpoint has looked
+    model = family.model.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attn_implementation)
     return model.eval()
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A first model and what the data side must know to make its processor."""
+    """A first model and what the data side must know to make its processor.
 
-    model: LlavaMoeForConditionalGeneration
+    Attributes:
+        num_additional_image_tokens: tokens of a picture beyond its patches, the class token included also where it is
+            dropped; negative behind a projector that merges features.
+    """
+
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     num_additional_image_tokens: int
 
 
-def assemble(section: ModelSection, seed: int = 0) -> Assembled:
+def assemble(section: ModelSection, seed: int = 0, merging: Mapping[str, Any] | None = None) -> Assembled:
     """Puts a tower, a fresh projector and a decoder together.
+
+    Args:
+        section: the parts, and the family (llava if it names none).
+        seed: of the projector and the newline vector.
+        merging: for a family with tiles, config values that say how they become a sequence.
 
     Raises:
         ValueError: a part is not named or does not exist, or the feature selection does not fit the tower.
@@ -144,26 +157,37 @@ def assemble(section: ModelSection, seed: int = 0) -> Assembled:
     if section.language_model is None or section.vision_tower is None:
         raise ValueError("model: name a checkpoint, or a vision_tower and a language_model to assemble one")
     decoder, tokenizer = _load_decoder(section)
-    tower = _load_tower(section)
-    num_tokens, num_extra = _count_tokens(tower, section)
-    config = LlavaMoeConfig(
+    tower = load_tower(section)
+    num_features, num_patches = count_tokens(tower, section)
+    family = FAMILIES.get(section.family or "llava")
+    image_token = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))  # type: ignore[arg-type]
+    config = family.config(
         vision_config=tower.config,
         text_config=decoder.config,
-        image_token_index=int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),  # type: ignore[arg-type]
-        image_seq_length=num_tokens,
+        image_token_index=image_token,
         vision_feature_layer=section.vision_feature_layer,
-        vision_feature_select_strategy=section.vision_feature_select_strategy,  # type: ignore[arg-type]
+        vision_feature_select_strategy=section.vision_feature_select_strategy,
         projector=section.projector,
+        projector_args=section.projector_args,
         tie_word_embeddings=bool(decoder.config.tie_word_embeddings),
+        logit_bias=decoder.get_output_embeddings().bias is not None,
+        **logit_changes(decoder.config),
+        **(merging or {}),
     )
-    model = LlavaMoeForConditionalGeneration(config).eval()
+    if hasattr(config, "video_token_index"):
+        config.video_token_index = image_token  # of videos as the stock class takes them; ours stand behind <image> too
+    model = build_model(config).eval()
+    num_tokens = model.model.multi_modal_projector.num_output_tokens(num_features)
+    config.image_seq_length = num_tokens
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(decoder.base_model.state_dict())
     model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict())
     model.generation_config = decoder.generation_config
     _check_same_answers(model, decoder, section)
     _calibrate_projector(model)
-    return Assembled(model, tokenizer, num_extra)
+    # the processor counts patches, adds this number and takes one off for a class token
+    dropped = 1 if section.vision_feature_select_strategy == "default" else 0
+    return Assembled(model, tokenizer, num_tokens + dropped - num_patches)
 
 
 def _load_decoder(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -179,10 +203,10 @@ def _load_decoder(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
     except (OSError, ValueError) as error:
         raise ValueError(f"model.language_model={source}: {str(error).splitlines()[0]}") from error
     head = decoder.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"model.language_model={source}: the vocabulary projection of {type(decoder).__name__} is no linear map "
-            "without bias, and LLaVA's is; choose another decoder"
+            f"model.language_model={source}: the vocabulary projection of {type(decoder).__name__} is no linear map, "
+            "and LLaVA's is; choose another decoder"
         )
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         # without the flag the decoder's own extra special tokens would be forgotten
@@ -196,7 +220,7 @@ def _load_decoder(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
 
 @torch.no_grad()
 def _check_same_answers(model: Any, decoder: Any, section: ModelSection) -> None:
-    """LLaVA's head is a bare linear map: a decoder that scales or caps its logits would silently become another one.
+    """A decoder that does to its logits what our head does not know would silently become another one.
 
     Raises:
         ValueError: on text alone, the assembled model's logits are not the decoder's.
@@ -207,66 +231,9 @@ def _check_same_answers(model: Any, decoder: Any, section: ModelSection) -> None
     if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
         raise ValueError(
             f"model.language_model={section.language_model}: {type(decoder).__name__} changes its logits after the "
-            f"vocabulary projection (by {(found - expected).abs().max():.2g}), which LLaVA does not; choose another "
-            "decoder"
+            f"vocabulary projection (by {(found - expected).abs().max():.2g}) in another way than those that "
+            "llava_moe/model/head.py knows; choose another decoder"
         )
-
-
-def _load_tower(section: ModelSection) -> Any:
-    source = str(section.vision_tower)
-    if source.startswith(_TIMM):
-        return _load_timm_tower(source.removeprefix(_TIMM), section)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.vision_tower={source}: {str(error).splitlines()[0]}") from error
-    config = getattr(config, "vision_config", config)
-    if hasattr(config, "vision_use_head"):
-        config.vision_use_head = False  # SigLIP's pooling head is behind every layer that LLaVA reads
-    tower = AutoModel.from_config(config)
-    if section.random_weights:
-        return tower
-    loaded, info = type(tower).from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"model.vision_tower={source}: missing {sorted(info['missing_keys'])[:4]}")
-    return loaded
-
-
-def _load_timm_tower(architecture: str, section: ModelSection) -> TimmTower:
-    if section.image_size is None:
-        raise ValueError("model.image_size must be set for a timm tower")
-    tower = TimmTower(timm_tower_config(architecture, section.image_size))
-    if section.vision_weights is not None:
-        state = {k: v for k, v in load_file(section.vision_weights).items() if not k.startswith("classifier.")}
-        tower.backbone.load_state_dict(state)
-    elif not section.random_weights:
-        raise ValueError(
-            f"model.vision_weights must name the safetensors of {architecture}; "
-            "set model.random_weights=true to train on a random tower on purpose"
-        )
-    return tower.eval()
-
-
-@torch.no_grad()
-def _count_tokens(tower: Any, section: ModelSection) -> tuple[int, int]:
-    """Tokens of a picture after feature selection, and the tower's tokens beyond its patch grid (CLS: 1)."""
-    size, patch = tower.config.image_size, tower.config.patch_size
-    features = tower(torch.zeros(1, 3, size, size), output_hidden_states=True).hidden_states
-    num_tokens, grid = features[-1].shape[1], (size // patch) ** 2
-    strategy, extra = section.vision_feature_select_strategy, num_tokens - grid
-    if strategy not in ("default", "full"):
-        raise ValueError(f"model.vision_feature_select_strategy={strategy}: must be default or full")
-    if strategy == "default" and extra != 1:
-        raise ValueError(
-            f"model.vision_feature_select_strategy=default drops the first token as CLS, but {section.vision_tower} "
-            "has none and would lose a patch; use full"
-        )
-    if not -len(features) <= section.vision_feature_layer < len(features):
-        raise ValueError(
-            f"model.vision_feature_layer={section.vision_feature_layer}: {section.vision_tower} has {len(features)} "
-            "feature layers"
-        )
-    return (num_tokens - 1 if strategy == "default" else num_tokens), extra
 
 
 @torch.no_grad()
@@ -278,9 +245,9 @@ def _calibrate_projector(model: Any) -> None:
     """
     size = model.config.vision_config.image_size
     noise = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    embedded = torch.stack(list(model.model.get_image_features(pixel_values=noise, return_dict=True).pooler_output))
-    scale = model.get_input_embeddings().weight.std() / embedded.std().clamp(min=1e-6)
-    output = model.model.multi_modal_projector.output_layer
-    output.weight.mul_(scale)
-    if output.bias is not None:
-        output.bias.mul_(scale)
+    embedded = torch.stack(list(model.model.picture_features(noise, return_dict=True).pooler_output))
+    words = model.get_input_embeddings()
+    some = torch.arange(min(1024, len(words.weight)))
+    inside = words(some).std() / words.weight[some].std()  # 1, but Gemma scales its embeddings inside of the module
+    scale = words.weight.std() * inside / embedded.std().clamp(min=1e-6)
+    model.model.multi_modal_projector.scale_output(scale)

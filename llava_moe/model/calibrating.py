@@ -118,9 +118,18 @@ def _owners(part: str, batches: Sequence[Batch], labels: Sequence[int], image_to
         # The pictures of all samples follow each other; a sample has as many as its placeholders stand for.
         pictures = batch["pixel_values"].shape[0] if "pixel_values" in batch else 0
         placeholders_B = (ids == image_token).sum(-1)
+        if "num_tiles" in batch:
+            found.append(mine.repeat_interleave(_tiles_of_samples(batch)))
+            continue
         one = int(placeholders_B.sum()) // max(pictures, 1)
         found.append(mine.repeat_interleave(placeholders_B // max(one, 1)))
     return found
+
+
+def _tiles_of_samples(batch: Batch) -> Tensor:
+    """(B,) how many pictures of the tower belong to each sample."""
+    tiles = iter(batch["num_tiles"])
+    return torch.tensor([sum(next(tiles) for _ in range(number)) for number in batch["batch_num_images"]])
 
 
 def clusters_of_samples(

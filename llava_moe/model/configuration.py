@@ -1,4 +1,4 @@
-"""The configuration of our model class: the stock LLaVA one plus a projector name and a `moe` section."""
+"""The configurations of our model classes: the stock ones plus a projector, a `moe` section, and the merge of tiles."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlavaConfig
+from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 
+from llava_moe.model.merge import frame_rule, merge_rule
 from llava_moe.registry import near_misses
 
 
@@ -146,11 +147,15 @@ class MoeSection:
 
 @strict
 class LlavaMoeConfig(LlavaConfig):  # type: ignore[misc]  # transformers types it as Any
-    """`LlavaConfig` with two more keys.
+    """`LlavaConfig` with six more keys.
 
     Attributes:
-        projector: a name of `llava_moe.model.projector.PROJECTORS`.
+        projector: a name of `llava_moe.model.projectors.PROJECTORS`.
+        projector_args: its options, see the `Config` of its class; None takes their defaults.
         moe: the `MoeSection` as a plain dict, or None for a dense model.
+        logit_scale, logit_softcap: what the decoder does to its logits after the vocabulary projection, see `head.py`;
+            None, as in every stock checkpoint, is nothing.
+        logit_bias: whether the projection has a bias, as Phi-2's has.
     """
 
     model_type = "llava_moe"
@@ -160,7 +165,11 @@ class LlavaMoeConfig(LlavaConfig):  # type: ignore[misc]  # transformers types i
         text_config: Any
 
     projector: str = "mlp2x_gelu"
+    projector_args: dict[str, Any] | None = None
     moe: dict[str, Any] | None = None
+    logit_scale: float | None = None
+    logit_softcap: float | None = None
+    logit_bias: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -170,3 +179,86 @@ class LlavaMoeConfig(LlavaConfig):  # type: ignore[misc]  # transformers types i
     @property
     def moe_section(self) -> MoeSection | None:
         return None if self.moe is None else MoeSection.from_dict(self.moe)
+
+
+class _TiledConfig:
+    """What the configs of the two families with tiles have in common; their keys are in the classes themselves."""
+
+    if TYPE_CHECKING:
+        vision_aspect_ratio: str
+        merge: dict[str, Any] | None
+        frames: dict[str, Any] | None
+        moe: dict[str, Any] | None
+
+    def check(self) -> None:
+        """Raises ValueError when a key of ours has a value that is not allowed."""
+        merge_rule(self)
+        frame_rule(self)
+        if self.moe is not None:
+            MoeSection.from_dict(self.moe)
+
+    @property
+    def moe_section(self) -> MoeSection | None:
+        return None if self.moe is None else MoeSection.from_dict(self.moe)
+
+
+@strict
+class LlavaNextMoeConfig(_TiledConfig, LlavaNextConfig):  # type: ignore[misc]  # transformers types it as Any
+    """`LlavaNextConfig`, the keys of `LlavaMoeConfig`, and how tiles and frames become a sequence.
+
+    Attributes:
+        vision_aspect_ratio: "anyres", or "anyres_max_N" for a limit of N tiles' features (as in LLaVA-OneVision).
+        merge: options of `llava_moe.model.merge.MergeRule` but max_tiles; None takes their defaults (spatial_unpad).
+        frames: options of `llava_moe.model.merge.FrameRule`; None takes their defaults.
+    """
+
+    model_type = "llava_next_moe"
+
+    if TYPE_CHECKING:
+        vision_config: Any
+        text_config: Any
+
+    vision_aspect_ratio: str = "anyres"
+    merge: dict[str, Any] | None = None
+    frames: dict[str, Any] | None = None
+    projector: str = "mlp2x_gelu"
+    projector_args: dict[str, Any] | None = None
+    moe: dict[str, Any] | None = None
+    logit_scale: float | None = None
+    logit_softcap: float | None = None
+    logit_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.check()
+
+
+@strict
+class LlavaOnevisionMoeConfig(_TiledConfig, LlavaOnevisionConfig):  # type: ignore[misc]
+    """`LlavaOnevisionConfig` with the keys of `LlavaNextMoeConfig`; `vision_aspect_ratio` is the stock key.
+
+    Attributes:
+        image_seq_length: tokens of a tile; None is a patch each.
+    """
+
+    model_type = "llava_onevision_moe"
+
+    if TYPE_CHECKING:
+        vision_config: Any
+        text_config: Any
+
+    image_seq_length: int | None = None
+    merge: dict[str, Any] | None = None
+    frames: dict[str, Any] | None = None
+    projector: str = "mlp2x_gelu"
+    projector_args: dict[str, Any] | None = None
+    moe: dict[str, Any] | None = None
+    logit_scale: float | None = None
+    logit_softcap: float | None = None
+    logit_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.image_seq_length is None:
+            self.image_seq_length = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        self.check()

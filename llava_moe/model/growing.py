@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llava_moe.config import GrowSection, NamedSection
 from llava_moe.model.assemble import check_checkpoint, fingerprint, whole_directory
-from llava_moe.model.configuration import LlavaMoeConfig
+from llava_moe.model.families import is_ours
 from llava_moe.model.layout import StoredModel, empty_model
 from llava_moe.model.measuring import TOLERANCE, Agreement, Scratch, builtin_batches, compare, load_tools, scratch_bytes
 from llava_moe.model.modeling import CheckpointError
@@ -33,6 +33,7 @@ from llava_moe.registry import near_misses
 
 PROVENANCE = "grow.json"
 _PROJECTOR = "model.multi_modal_projector"
+_NEWLINE = "model.image_newline"  # a vector of the hidden width, in models with tiles
 _PROJECTORS = ("mlp2x_gelu", "linear")  # whose parameters are known here
 _TARGET_KEYS = (
     "hidden_size",
@@ -101,6 +102,7 @@ def grow(
     out: Path,
     whole_bytes: int = WHOLE_MODEL_BYTES,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    finish: Callable[[Path, dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Writes the larger checkpoint and returns its provenance, which is also saved beside it.
 
@@ -109,6 +111,7 @@ def grow(
         out: the directory to write; it appears when it is complete.
         whole_bytes: models that take no more in float32 are loaded whole to be compared.
         max_shard_bytes: a file of weights is at most this large.
+        finish: called with the finished directory and the provenance, before the directory takes its name.
 
     Raises:
         CheckpointError: the parent is no dense checkpoint of a known family, the disk is full, or the result breaks its
@@ -116,7 +119,7 @@ def grow(
         ValueError: the target cannot be reached.
     """
     plan = make_growth_plan(section, out)
-    tools = load_tools(plan.parent.path, pictures=isinstance(plan.config, LlavaMoeConfig))
+    tools = load_tools(plan.parent.path, pictures=is_ours(plan.config))
     batches = builtin_batches(tools, int(plan.config.get_text_config().max_position_embeddings))
     checkpoint = sum(info.nbytes for info in plan.infos.values())
     check_space(out, checkpoint + scratch_bytes(plan.config.get_text_config(), batches))
@@ -133,6 +136,8 @@ def grow(
         _check_exact(plan, agreement)
         provenance = _provenance(section, plan, agreement)
         (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2))
+        if finish is not None:
+            finish(partial, provenance)
     return provenance
 
 
@@ -244,13 +249,13 @@ def _names(raw: dict[str, Any], parent: StoredModel) -> DecoderNames:
 
 
 def _grown_config(parent: StoredModel, text: dict[str, Any]) -> Any:
-    if isinstance(parent.config, LlavaMoeConfig):
+    if is_ours(parent.config):
         if parent.config.projector not in _PROJECTORS:
             raise ValueError(
                 f"grow: the projector {parent.config.projector!r} cannot grow with the hidden width; known: "
                 f"{', '.join(_PROJECTORS)}"
             )
-        config = LlavaMoeConfig.from_dict({**parent.config.to_dict(), "text_config": text})
+        config = type(parent.config).from_dict({**parent.config.to_dict(), "text_config": text})
     else:
         config = type(parent.config).from_dict(text)
     embedding = f"{parent.name_of(parent.model.get_input_embeddings())}.weight"
@@ -276,10 +281,10 @@ def _tensors(
         info = parent.reader.infos[name]
         if key in decoder or key in parent.model.all_tied_weights_keys:
             continue
-        if key.startswith(f"{_PROJECTOR}."):
+        if key.startswith(f"{_PROJECTOR}.") or key == _NEWLINE:
             projector[key] = name
             infos[name] = TensorInfo(info.dtype, _projector_shape(key, info.shape, last.target.hidden))
-        elif not isinstance(parent.config, LlavaMoeConfig) or key.startswith(("model.language_model.", "lm_head.")):
+        elif not is_ours(parent.config) or key.startswith(("model.language_model.", "lm_head.")):
             raise CheckpointError(f"{parent.path}: {key} is no tensor of a decoder of this family, and cannot grow")
         else:
             infos[name] = info

@@ -27,12 +27,13 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import no_init_weights
 
-from llava_moe.model.configuration import LlavaMoeConfig
-from llava_moe.model.modeling import CheckpointError, LlavaMoeForConditionalGeneration, _refuse_partial
+from llava_moe.model.families import build_model, is_ours, our_config
+from llava_moe.model.foreign import ForeignConfigMixin, foreign_config, foreign_model_class, is_foreign
+from llava_moe.model.modeling import CheckpointError, _refuse_partial
 from llava_moe.model.streaming import CheckpointReader, TensorInfo
 
-_EXPERT = re.compile(r"\.experts\.(\d+)\.(gate|up|down)_proj\.weight$")
-_HALVES = {"gate": 0, "up": 1, "down": None}
+_HALVES = {"gate_proj": 0, "up_proj": 1, "down_proj": None, "w1": 0, "w3": 1, "w2": None}  # the latter: Mixtral
+_EXPERT = re.compile(rf"\.experts\.(\d+)\.({'|'.join(_HALVES)})\.weight$")
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,19 @@ def _ordered(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 
 
 def read_config(path: Path) -> Any:
-    """The config of a checkpoint; that of a stock llava-hf one becomes ours."""
+    """The config of a checkpoint; that of a stock image-text-to-text one becomes ours."""
     kind = json.loads((path / "config.json").read_text()).get("model_type")
     config = AutoConfig.from_pretrained(path)
-    if kind != "llava":
-        return config
-    return LlavaMoeConfig(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
+    return foreign_config(config) if is_foreign(kind) else our_config(config)
 
 
 def empty_model(config: Any) -> Any:
     """A float32 model in evaluation mode whose parameters are on the meta device; its buffers are real."""
     with init_empty_weights(include_buffers=False), no_init_weights():
-        if isinstance(config, LlavaMoeConfig):
-            model: Any = LlavaMoeForConditionalGeneration(config)
+        if is_ours(config):
+            model: Any = build_model(config)
+        elif isinstance(config, ForeignConfigMixin):
+            model = foreign_model_class(config)(config)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()  # putting each parameter on the meta device has parted those that are one

@@ -17,13 +17,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from transformers import AutoProcessor, AutoTokenizer
 
+from llava_moe.model.merge import merge_rule
 from llava_moe.model.modeling import CheckpointError
 from llava_moe.model.streaming import bytes_of, clear_when_full
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 TOLERANCE = 1e-5  # of the logits in float32, as a share of the largest one where that is above 1
 _LOGIT_ROWS = 512  # logits are compared so many tokens at a time: a vocabulary is much wider than a decoder
-_INPUTS = ("input_ids", "attention_mask", "pixel_values")
+_TEXT = ("input_ids", "attention_mask")
+_INPUTS = (*_TEXT, "pixel_values", "image_sizes", "num_tiles", "is_video", "batch_num_images")
 
 TEXT = """\
 The harbour wakes before the town does. By five the first boats have turned their lights off, and the men on the pier
@@ -66,12 +68,14 @@ def builtin_batches(tools: Any, max_tokens: int = 1024) -> list[Batch]:
         tools: from `load_tools`.
         max_tokens: what is beyond is cut off.
     """
-    if hasattr(tools, "image_processor"):
+    if getattr(tools, "tiling", None) is not None:
+        found = tools.encode_raw(TEXT, _picture())
+    elif hasattr(tools, "image_processor"):
         found = tools(images=_picture(), text=f"{tools.image_token}\n{TEXT}", return_tensors="pt")
     else:
         found = tools(TEXT, return_tensors="pt")
     batch = {key: found[key] for key in _INPUTS if key in found}
-    return [{key: value if key == "pixel_values" else value[:, :max_tokens] for key, value in batch.items()}]
+    return [{key: value[:, :max_tokens] if key in _TEXT else value for key, value in batch.items()}]
 
 
 def load_tools(path: Path, pictures: bool) -> Any:
@@ -103,7 +107,7 @@ def _picture(size: int = 224) -> Image.Image:
     return image
 
 
-def model_inputs(batch: Batch) -> dict[str, Tensor]:
+def model_inputs(batch: Batch) -> dict[str, Any]:
     """What the forward takes, without labels."""
     return {key: batch[key] for key in _INPUTS if key in batch}
 
@@ -233,10 +237,15 @@ def logit_error(one: Any, other: Any) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     config = one.config
     size = config.vision_config.image_size
-    picture = torch.full((config.image_seq_length,), config.image_token_id)
+    tile: dict[str, Any] = {}
+    num_tokens = config.image_seq_length
+    if hasattr(config, "image_grid_pinpoints"):
+        tile = {"image_sizes": [(size, size)], "num_tiles": [1]}
+        num_tokens += merge_rule(config).has_newline
+    picture = torch.full((num_tokens,), config.image_token_id)
     text = torch.randint(0, config.image_token_id, (32,), generator=generator)
     ids = torch.cat([picture, text]).unsqueeze(0)
     pixels = torch.randn(1, 3, size, size, generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **tile}
     expected = one(**inputs).logits
     return float((expected - other(**inputs).logits).abs().max()), float(expected.abs().max())

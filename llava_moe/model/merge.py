@@ -9,15 +9,19 @@ Sources: the LLaVA-1.6 and LLaVA-OneVision (2408.03326) releases.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
+
+from llava_moe.registry import near_misses
 
 Merge = Literal["flat", "spatial", "spatial_unpad", "spatial_maxpool2x2"]
 UnpadRounding = Literal["exact", "llava"]
@@ -69,6 +73,70 @@ class MergeRule:
     def has_newline(self) -> bool:
         """The model needs a newline vector."""
         return self.merge == "spatial_unpad"
+
+
+@dataclass(frozen=True)
+class FrameRule:
+    """How the frames of a video become a sequence.
+
+    Attributes:
+        stride, mode: of `pool_frames`.
+        newline: of `merge_video`.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    stride: int = 2
+    mode: PoolMode = "bilinear"
+    newline: FrameNewline = "video"
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ValueError(f"stride is {self.stride}; it must be at least 1")
+        _refuse("mode", self.mode, get_args(PoolMode))
+        _refuse("newline", self.newline, get_args(FrameNewline))
+
+
+def merge_rule(config: Any, vision_aspect_ratio: str | None = None) -> MergeRule:
+    """The rule that a config asks for by `merge` and `vision_aspect_ratio`.
+
+    Args:
+        config: of a model with tiles.
+        vision_aspect_ratio: in the place of the config's.
+
+    Raises:
+        ValueError: an option is unknown or not allowed.
+    """
+    name = config.vision_aspect_ratio if vision_aspect_ratio is None else vision_aspect_ratio
+    found = re.fullmatch(r"anyres(?:_max_([1-9]\d*))?", name)
+    if found is None:
+        raise ValueError(f"config.json: vision_aspect_ratio={name!r} must be anyres or anyres_max_N, N at least 1")
+    options = _options(MergeRule, "merge", config.merge, without="max_tiles")
+    return MergeRule(**options, max_tiles=None if found[1] is None else int(found[1]))
+
+
+def frame_rule(config: Any) -> FrameRule:
+    """The rule that a config asks for by `frames`; without newline vectors in its merge, videos have none either.
+
+    Raises:
+        ValueError: an option is unknown or not allowed.
+    """
+    has_newline = merge_rule(config).has_newline
+    rule = FrameRule(**{"newline": "video" if has_newline else "none", **_options(FrameRule, "frames", config.frames)})
+    if rule.newline != "none" and not has_newline:
+        raise ValueError(
+            f"config.json: frames.newline={rule.newline!r}, but only merge spatial_unpad has a newline vector"
+        )
+    return rule
+
+
+def _options(kind: type[Any], where: str, raw: dict[str, Any] | None, without: str = "") -> dict[str, Any]:
+    known = [field.name for field in dataclasses.fields(kind) if field.name != without]
+    for key in raw or {}:
+        if key not in known:
+            raise ValueError(f"config.json: {where} has no key {key!r}; {near_misses(key, known)}")
+    return dict(raw or {})
 
 
 def tile_grid(image_size: Sequence[int], resolutions: Sequence[Sequence[int]], tile: int) -> tuple[int, int]:

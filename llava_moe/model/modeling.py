@@ -7,8 +7,9 @@ loads. Attention, cache, generation and saving stay transformers' own.
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel, slice_logits_to_keep
 
 from llava_moe.model.configuration import LlavaMoeConfig
-from llava_moe.model.projector import PROJECTORS
+from llava_moe.model.context import routing_context
+from llava_moe.model.head import VocabularyProjection, vocabulary_projection
+from llava_moe.model.native import NativeLayer, watch_native
+from llava_moe.model.packing import packed_inputs
+from llava_moe.model.projectors import PROJECTORS
 from llava_moe.model.sites import activation_name, install_moe, install_vision_moe, projector_moe
-from llava_moe.moe import Experts, Router, Routing, RoutingContext, RoutingScope, SharedExperts, SiteKey
+from llava_moe.model.vision_skip import check_computed, skip_unused_layers
+from llava_moe.moe import Experts, Router, Routing, RoutingScope, SharedExperts, SiteKey
 
 
 class CheckpointError(ValueError):
@@ -70,23 +76,25 @@ class _InitMixin:
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Router | Experts | SharedExperts):
             module.reset_parameters()
-        else:
+        elif getattr(module, "image_newline", module) is not None:  # stock code draws it, and a merge may have none
             super()._init_weights(module)  # type: ignore[misc]
 
 
 class MoeModelMixin(_InitMixin, _InnerBase):
     """Turns a stock inner model (tower, projector and decoder, without the head) into ours."""
 
-    config: LlavaMoeConfig
+    config: Any
 
-    def __init__(self, config: LlavaMoeConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.scope = RoutingScope()
+        skip_unused_layers(self.vision_tower, config.vision_feature_layer)
         self.multi_modal_projector: nn.Module = PROJECTORS.get(config.projector)(config)
         self._install(config)
+        self.native_layers: dict[SiteKey, NativeLayer] = watch_native(self.language_model, self.scope)
         self.post_init()
 
-    def _install(self, config: LlavaMoeConfig) -> None:
+    def _install(self, config: Any) -> None:
         """Puts the experts of every part in their place."""
         parts = {} if config.moe_section is None else config.moe_section.parts()
         if "decoder" in parts:
@@ -103,10 +111,20 @@ class MoeModelMixin(_InitMixin, _InnerBase):
             )
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return self.picture_features(pixel_values, **kwargs)
+
+    def picture_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Tower and projector, which are the same in all families: for each picture or tile its features (N, D).
+
+        Args:
+            pixel_values: (B, 3, H, W), or (B, N, C) features of the tower.
+        """
         if pixel_values.ndim == 3:  # (B, N, C): features of a frozen tower, read from a cache
             features = self.multi_modal_projector(pixel_values.to(self.dtype))
             return BaseModelOutputWithPooling(pooler_output=list(features))  # type: ignore[arg-type]  # as stock does
-        return super().get_image_features(pixel_values=pixel_values, **kwargs)
+        asked = kwargs.get("vision_feature_layer")
+        check_computed(self.vision_tower, self.config.vision_feature_layer if asked is None else asked)
+        return LlavaModel.get_image_features(self, pixel_values=pixel_values, **kwargs)
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """As in the stock class, but a batch without placeholders may come with a dummy picture.
@@ -115,9 +133,14 @@ class MoeModelMixin(_InitMixin, _InnerBase):
         text-only batches one blank picture, and with an empty mask its gradient is zero. Outside training a picture
         without placeholders is a mistake of the caller and raises.
         """
-        if self.training and input_ids is not None and not (input_ids == self.config.image_token_id).any():
-            return (input_ids == self.config.image_token_id).unsqueeze(-1)
+        if self._is_dummy(input_ids):
+            assert input_ids is not None
+            return torch.zeros_like(input_ids, dtype=torch.bool).unsqueeze(-1)
         return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+
+    def _is_dummy(self, input_ids: Tensor | None) -> bool:
+        """Whether the picture of this batch stands for no placeholder, and may."""
+        return self.training and input_ids is not None and not bool((input_ids == self.config.image_token_id).any())
 
 
 class MoeMixin(_InitMixin, _OuterBase):
@@ -126,10 +149,14 @@ class MoeMixin(_InitMixin, _OuterBase):
     It returns cross-entropy and routings apart and never adds them: `training/objective.py` owns every coefficient.
     """
 
-    config_class = LlavaMoeConfig
-    config: LlavaMoeConfig
+    config_class: Any = LlavaMoeConfig
+    config: Any
+    lm_head: Any
+    # Inputs of forward that the stock class does not know; generate() refuses what is not in its signature.
+    extra_inputs: ClassVar[tuple[str, ...]] = ()
     # Training checkpoints keep the in-memory names: the Trainer resumes by exactly these (see docs/architecture.md).
     save_original_format = False
+    max_shard_size: int | str = "5GB"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -140,6 +167,12 @@ class MoeMixin(_InitMixin, _OuterBase):
         def forward(self: Any, *args: Any, **kwargs: Any) -> LlavaMoeOutput:
             return MoeMixin.forward(self, *args, **kwargs)
 
+        shown = inspect.signature(stock.forward)  # type: ignore[attr-defined]
+        named = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        rest = [p for p in shown.parameters.values() if p.kind is p.VAR_KEYWORD]
+        extra = [name for name in cls.extra_inputs if name not in shown.parameters]
+        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in extra]
+        forward.__signature__ = shown.replace(parameters=[*named, *added, *rest])  # type: ignore[attr-defined]
         cls.forward = forward  # type: ignore[method-assign]
 
     def forward(
@@ -153,9 +186,10 @@ class MoeMixin(_InitMixin, _OuterBase):
         vision_features: Tensor | None = None,
         loss_only: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        sequence_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaMoeOutput:
-        """The stock forward with three additions.
+        """The stock forward with four additions.
 
         Args:
             vision_features: (images, N, C) tower output in the place of `pixel_values`.
@@ -163,10 +197,13 @@ class MoeMixin(_InitMixin, _OuterBase):
                 most of the work of a small decoder, and nearly all positions are prompt.
             num_items_in_batch: number of label tokens that the summed cross-entropy is divided by; the default is
                 the number in this batch (at least 1, so a batch without any label has loss 0 and not NaN).
+            sequence_ids: (B, S) of rows that hold several samples, see `llava_moe.model.packing`.
         """
+        if sequence_ids is not None:
+            kwargs = packed_inputs(sequence_ids, attention_mask, kwargs)
         if vision_features is not None and pixel_values is not None:
             raise ValueError("give pixel_values or vision_features, not both")
-        self._set_context(input_ids, inputs_embeds, attention_mask)
+        self._set_context(input_ids, inputs_embeds, attention_mask, sequence_ids)
         with self.model.scope.recording() as routings:
             outputs = self.model(
                 input_ids=input_ids,
@@ -203,30 +240,25 @@ class MoeMixin(_InitMixin, _OuterBase):
         divisor = at_label.sum().clamp(min=1) if num_items is None else torch.as_tensor(num_items).clamp(min=1)
         return total / divisor.to(total.device), logits
 
-    def _set_context(self, input_ids: Tensor | None, embeds: Tensor | None, attention_mask: Tensor | None) -> None:
+    def _set_context(
+        self,
+        input_ids: Tensor | None,
+        embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        sequence_ids: Tensor | None = None,
+    ) -> None:
         """Tells the MoE layers which tokens are padding and which stand for a picture."""
-        if self.config.moe is None:
+        if self.config.moe is None and not self.model.native_layers:
             return
-        given = input_ids if input_ids is not None else embeds
-        if given is None:
-            raise ValueError("give input_ids or inputs_embeds")
-        batch, length = given.shape[:2]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            # With a cache the mask covers the past too; the tokens at hand are its last columns.
-            mask = attention_mask[:, -length:].bool()
-        elif attention_mask is None or not self.training:
-            mask = torch.ones(batch, length, dtype=torch.bool, device=given.device)
-        else:
-            raise ValueError("training a MoE model needs a 2-D attention_mask: balance losses must know the padding")
-        rows = torch.arange(batch, device=given.device).unsqueeze(-1).expand(batch, length)
-        image_token = self.config.image_token_id
-        self.model.scope.set_context(
-            RoutingContext(
-                token_mask_T=mask.reshape(-1),
-                sequence_T=rows.reshape(-1),
-                modality_T=None if input_ids is None else (input_ids == image_token).reshape(-1).long(),
-                token_ids_T=None if input_ids is None else input_ids.reshape(-1),
-            )
+        image_token, training = int(self.config.image_token_id), self.training
+        context = routing_context(input_ids, embeds, attention_mask, image_token, training, sequence_ids)
+        self.model.scope.set_context(context)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """As in transformers; what the head does besides projecting outlives a resized vocabulary."""
+        ours, head = isinstance(new_embeddings, VocabularyProjection), self.lm_head
+        self.lm_head = (
+            head.with_weight(new_embeddings) if isinstance(head, VocabularyProjection) and not ours else new_embeddings
         )
 
     @classmethod
@@ -249,6 +281,7 @@ class MoeMixin(_InitMixin, _OuterBase):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         kwargs.setdefault("save_original_format", self.save_original_format)
+        kwargs.setdefault("max_shard_size", self.max_shard_size)  # transformers' own default is ten times as much
         # What loading recorded depends on the files it read, and under ZeRO-3 holds renamings that were never applied;
         # without it the names on disk are those of the class, whatever the model came from.
         self._weight_conversions = None
@@ -278,5 +311,5 @@ class LlavaMoeForConditionalGeneration(MoeMixin, LlavaForConditionalGeneration):
         # The stock constructor would build the stock inner model; its own parent's does the rest.
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = LlavaMoeModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head: nn.Module = vocabulary_projection(config)
         self.post_init()

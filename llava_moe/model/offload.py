@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_moe.model.assemble import load_model
-from llava_moe.model.configuration import LlavaMoeConfig
+from llava_moe.model.families import MODEL_TYPES
+from llava_moe.model.foreign import is_foreign
 from llava_moe.model.layout import StoredModel
 from llava_moe.model.streaming import CheckpointReader
 
@@ -29,7 +30,7 @@ def open_model(path: str | Path, whole_bytes: int | None = None) -> Any:
     """A model in float32 and evaluation mode, without gradients of its parameters.
 
     Args:
-        path: a checkpoint of ours, a stock llava-hf one, or that of a causal language model.
+        path: a checkpoint of ours, a stock image-text-to-text one, or that of a causal language model.
         whole_bytes: a model that takes more is run layer by layer; the default is `WHOLE_MODEL_BYTES`.
 
     Raises:
@@ -38,9 +39,12 @@ def open_model(path: str | Path, whole_bytes: int | None = None) -> Any:
     path = Path(path)
     if CheckpointReader(path).float32_bytes > (WHOLE_MODEL_BYTES if whole_bytes is None else whole_bytes):
         return stream_layers(StoredModel(path))
-    if json.loads((path / "config.json").read_text())["model_type"] in ("llava", LlavaMoeConfig.model_type):
+    if json.loads((path / "config.json").read_text())["model_type"] in MODEL_TYPES:
         return load_model(path).requires_grad_(False)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    kind: Any = AutoModelForCausalLM
+    if is_foreign(json.loads((path / "config.json").read_text())["model_type"]):
+        kind = AutoModelForImageTextToText
+    return kind.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def is_streamed(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from llava_moe.model.configuration import MoePart
 from llava_moe.moe import LayerPlan, MlpSpec, RoutingScope, build_layer
@@ -91,6 +91,9 @@ def activation_name(config: PretrainedConfig) -> str:
         name = getattr(config, key, None)
         if isinstance(name, str):
             return name
+    inner = getattr(config, "tower", None)  # of a tower at several scales
+    if isinstance(inner, dict):
+        return activation_name(CONFIG_MAPPING[inner["model_type"]](**inner))
     if config.model_type in _FIXED_ACTIVATIONS:
         return _FIXED_ACTIVATIONS[config.model_type]
     raise ValueError(f"{type(config).__name__} names no activation (hidden_act, hidden_activation)")
@@ -178,8 +181,12 @@ def install_vision_moe(
     Raises:
         ValueError: as there, or a layer lies behind the features, or the tower is a timm model.
     """
+    if isinstance(getattr(config, "towers", None), list):
+        raise ValueError("moe.vision: fused towers take no experts; use one tower alone, or at several scales (s2:)")
     blocks = find_blocks(tower)
     check_layers("moe.vision.layers", part.layers, len(blocks.layers), "vision tower")
+    if isinstance(getattr(config, "tower", None), dict):
+        feature_layer = config.feature_layer  # that of the multi-scale tower itself counts its single output
     used = num_used_layers(len(blocks.layers), feature_layer)
     behind = [i for i in part.layers if i >= used]
     if behind:

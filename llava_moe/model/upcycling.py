@@ -23,6 +23,7 @@ from torch import Tensor
 from llava_moe.config import UpcycleSection
 from llava_moe.model.assemble import fingerprint, whole_directory
 from llava_moe.model.calibrating import Watched, sample_labels, statistics_of
+from llava_moe.model.foreign import ForeignConfigMixin
 from llava_moe.model.measuring import (
     TOLERANCE,
     Agreement,
@@ -64,6 +65,7 @@ def upcycle(
     samples: Samples | None = None,
     whole_bytes: int = WHOLE_MODEL_BYTES,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    finish: Callable[[Path, dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Writes the MoE checkpoint and returns its provenance, which is also saved beside it.
 
@@ -73,6 +75,7 @@ def upcycle(
         samples: reads the batches of `section.calibration`.
         whole_bytes: models that take no more in float32 are loaded whole to be run.
         max_shard_bytes: a file of weights is at most this large.
+        finish: called with the finished directory and the provenance, before the directory takes its name.
 
     Raises:
         CheckpointError: the parent is no dense checkpoint, the disk is full, or the result breaks an exactness that its
@@ -82,13 +85,19 @@ def upcycle(
     plan = make_plan(section, out)
     if section.calibration is not None and samples is None:
         raise ValueError("upcycle.calibration is set, but nobody reads its samples; use llava_moe.upcycle.run")
-    processor = load_tools(plan.parent.path, pictures=True)
-    limit = int(plan.parent.config.text_config.max_position_embeddings)
-    batches = builtin_batches(processor, limit) if samples is None else list(samples())
+    text_config = plan.config.get_text_config(decoder=True)
+    # How to draw a prompt with a picture is known of LLaVA's processors alone.
+    foreign = isinstance(plan.config, ForeignConfigMixin)
+    tools = load_tools(plan.parent.path, pictures=not foreign)
+    limit = int(text_config.max_position_embeddings)
+    batches = builtin_batches(tools, limit) if samples is None else list(samples())
     checkpoint = sum(info.nbytes for info in plan.infos.values())
-    check_space(out, checkpoint + scratch_bytes(plan.config.text_config, batches))
+    check_space(out, checkpoint + scratch_bytes(text_config, batches))
     with whole_directory(out) as folder:
-        processor.save_pretrained(folder)
+        if foreign:
+            _copy_tools(plan.parent.path, folder)
+        else:
+            tools.save_pretrained(folder)
         _save_configs(plan, folder)
         with CheckpointWriter(folder, plan.infos, max_shard_bytes) as writer:
             exact = _write(plan, section.seed, batches, writer, whole_bytes)
@@ -96,7 +105,23 @@ def upcycle(
         _check_exact(plan, exact, agreement)
         provenance = _provenance(section, plan, exact, agreement)
         (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2))
+        if finish is not None:
+            finish(folder, provenance)
     return provenance
+
+
+def _copy_tools(parent: Path, folder: Path) -> None:
+    """Tokenizer and processors of a class that is not ours, file by file."""
+    for file in sorted(parent.iterdir()):
+        ours = file.name in ("config.json", "model.safetensors.index.json", PROVENANCE, "README.md")
+        if file.is_file() and not ours and file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken"):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _measured_on(section: UpcycleSection, plan: Plan) -> str:
+    if section.calibration is not None:
+        return "calibration"
+    return "built-in text" if isinstance(plan.config, ForeignConfigMixin) else "built-in text and picture"
 
 
 def _save_configs(plan: Plan, folder: Path) -> None:
@@ -204,7 +229,7 @@ def _provenance(section: UpcycleSection, plan: Plan, exact: bool, agreement: Agr
         "sources": [str(source.path) for source in plan.sources],
         "left_out": plan.parent.strays,
         "exact": exact,
-        "measured_on": "calibration" if section.calibration is not None else "built-in text and picture",
+        "measured_on": _measured_on(section, plan),
         "num_tokens": agreement.num_tokens,
         "max_abs_logit_error": agreement.max_abs_logit_error,
         "max_abs_logit": agreement.max_abs_logit,
@@ -224,4 +249,6 @@ def count_parameters(model: Any) -> dict[str, int]:
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             idle += layer.experts.idle_parameters(layer.router.active_experts)
+        for native in getattr(layer, "native_layers", {}).values():
+            idle += native.idle_parameters()
     return {"total": total, "active": total - round(idle)}

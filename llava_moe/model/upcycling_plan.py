@@ -14,6 +14,7 @@ from torch import Tensor
 from llava_moe.config import PartSection, UpcycleSection
 from llava_moe.model.assemble import check_checkpoint
 from llava_moe.model.configuration import LlavaMoeConfig, MoePart, MoeSection
+from llava_moe.model.foreign import check_section, decoder_of, is_foreign
 from llava_moe.model.layout import Piece, StoredModel, empty_model, stock_pieces
 from llava_moe.model.modeling import CheckpointError
 from llava_moe.model.sites import activation_name, find_blocks, mlp_spec
@@ -23,7 +24,7 @@ from llava_moe.moe import EXPERTS, UPCYCLERS, MlpSpec, Upcycler
 from llava_moe.moe.upcycling import BranchTrainMix, Copy, DenseMlp
 
 _NAMED = ("all", "alternate", "every_N", "first_half", "second_half")
-_ROOTS = {"decoder": "model.language_model", "vision": "model.vision_tower", "projector": "model.multi_modal_projector"}
+_ROOTS = {"vision": "model.vision_tower", "projector": "model.multi_modal_projector"}
 
 
 def select_layers(choice: Any, num_layers: int, key: str = "upcycle.decoder.layers") -> list[int]:
@@ -92,12 +93,20 @@ def build_upcycler(section: PartSection, name: str) -> tuple[Upcycler, list[str]
 
 def num_layers_of(model: Any, name: str) -> int:
     """How many layers a part of the model has; a projector is one block."""
-    return 1 if name == "projector" else len(find_blocks(model.get_submodule(_ROOTS[name])).layers)
+    return 1 if name == "projector" else len(find_blocks(model.get_submodule(_root(model, name))).layers)
+
+
+def _root(model: Any, name: str) -> str:
+    """Where a part of the model lies."""
+    if name != "decoder":
+        return _ROOTS[name]
+    decoder = decoder_of(model)
+    return next(path for path, module in model.named_modules() if module is decoder)
 
 
 def block_path(model: Any, name: str, index: int) -> str:
     """The module path of a feed-forward block, the same in the dense and in the sparse model."""
-    root = _ROOTS[name]
+    root = _root(model, name)
     if name == "projector":
         return root
     return f"{root}.{find_blocks(model.get_submodule(root)).block_path(index)}"
@@ -205,7 +214,8 @@ def make_plan(section: UpcycleSection, out: Path) -> Plan:
                 f"upcycle.calibration is missing: upcycler {section.parts()[name].upcycler.name!r} of the {name} looks "
                 f"at {upcycler.needs} on real samples; name a data file (path) and its image_folder there"
             )
-    parent = StoredModel(check_checkpoint(section.parent))
+    parent = StoredModel(check_checkpoint(section.parent, is_foreign))
+    check_section(parent.config, section)
     if parent.config.moe is not None:
         raise CheckpointError(f"{section.parent}: already a mixture of experts; upcycling starts from a dense one")
     sources = _sources(parent, section, made)
@@ -271,7 +281,8 @@ def _specs(dense: Any, name: str, part: MoePart) -> list[MlpSpec]:
     if name == "projector":
         activation = str(config.projector_hidden_act)
     else:
-        activation = activation_name(config.text_config if name == "decoder" else config.vision_config)
+        text = config.get_text_config(decoder=True)
+        activation = activation_name(text if name == "decoder" else config.vision_config)
     return [mlp_spec(dense.get_submodule(block_path(dense, name, index)), activation) for index in part.layers]
 
 
@@ -304,7 +315,14 @@ def _sources(
                 f"upcycle.{part_name}.num_experts={wanted}: branch_train_mix makes one expert of each of the "
                 f"{len(paths)} checkpoints{' and one of the parent' if with_parent else ''}, so it must be {count}"
             )
-    others = [StoredModel(check_checkpoint(path)) for path in paths]
+    for part_name, (upcycler, _, _) in made.items():
+        if upcycler.needs != "nothing":
+            method = section.parts()[part_name].upcycler.name
+            raise ValueError(
+                f"upcycle.{part_name}.upcycler={method!r} runs the dense model on samples, but beside branch_train_mix "
+                f"the dense {part_name} is a mean of several models and cannot be run; take one that reads only weights"
+            )
+    others = [StoredModel(check_checkpoint(path, is_foreign)) for path in paths]
     for other in others:
         _check_same_shapes(parent, other)
     return (*([parent] if with_parent else []), *others)

@@ -1,6 +1,6 @@
 """Vision towers that transformers does not have by itself: any timm model whose feature grid stands for patches.
 
-SigLIP, CLIP and DINOv2 towers are transformers' own classes and need nothing here; both kinds have the same interface
+SigLIP, CLIP and DINOv2 towers are transformers' own classes and need nothing here; all kinds have the same interface
 (`pixel_values` in, `hidden_states` out), so the rest of the model does not know which one it holds.
 """
 
@@ -28,6 +28,8 @@ class TimmTowerConfig(PretrainedConfig):  # type: ignore[misc]  # transformers t
         hidden_size: channels C of the grid.
         feature_norm: normalise every feature vector to mean 0 and variance 1; CNN features after a ReLU are sparse,
             positive and of very unequal scale, which a projector learns slowly from.
+        layer: the block (vision transformer) or stage (convolutions) of timm's whose output is read; those behind it
+            are not computed. None reads the final features, behind the last norm.
     """
 
     model_type = "llava_moe_timm"
@@ -37,6 +39,7 @@ class TimmTowerConfig(PretrainedConfig):  # type: ignore[misc]  # transformers t
     patch_size: int = 32
     hidden_size: int = 1280
     feature_norm: bool = True
+    layer: int | None = None
 
 
 class TimmTower(PreTrainedModel):  # type: ignore[misc]  # transformers types it as Any
@@ -71,29 +74,46 @@ class TimmTower(PreTrainedModel):  # type: ignore[misc]  # transformers types it
     ) -> BaseModelOutputWithPooling:
         """Computes the final grid; `hidden_states` has one entry, so only the feature layer -1 exists."""
         # channels_last makes the convolutions of this tower 1.5 times faster on a CPU, with the weights as they are
-        grid = self.backbone.forward_features(pixel_values.contiguous(memory_format=torch.channels_last))
-        if grid.ndim == 4:
-            features = grid.flatten(2).transpose(1, 2)
-        else:
-            features = grid[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
+        features = self._features(pixel_values.contiguous(memory_format=torch.channels_last))
         if self.config.feature_norm:
             features = F.layer_norm(features.float(), features.shape[-1:]).to(features.dtype)
         return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,))
 
+    def _features(self, pixels: Tensor) -> Tensor:
+        if self.config.layer is not None:
+            grids = self.backbone.forward_intermediates(
+                pixels, indices=[self.config.layer], stop_early=True, intermediates_only=True, output_fmt="NCHW"
+            )
+            return grids[0].flatten(2).transpose(1, 2)
+        grid = self.backbone.forward_features(pixels)
+        if grid.ndim == 3:
+            return grid[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
+        if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":  # Swin and its like
+            return grid.flatten(1, 2)
+        return grid.flatten(2).transpose(1, 2)
 
-def timm_tower_config(architecture: str, image_size: int, feature_norm: bool = True) -> TimmTowerConfig:
-    """Finds patch size and channels of a timm model by looking at what it returns.
+
+def timm_tower_config(
+    architecture: str, image_size: int, feature_norm: bool = True, layer: int | None = None
+) -> TimmTowerConfig:
+    """Finds patch size and channels of a timm model by looking at the shape of what it returns.
 
     Raises:
-        ValueError: timm does not know the architecture, or the image size is no multiple of its stride.
+        ValueError: timm does not know the architecture, it has no such layer, it takes no pictures of the size, or the
+            image size is no multiple of its stride.
     """
     if architecture not in timm.list_models():
         near = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
         raise ValueError(f"timm has no model {architecture!r}; similar names: {', '.join(near) or 'none'}")
-    config = TimmTowerConfig(architecture=architecture, image_size=image_size, feature_norm=feature_norm)
-    tower = TimmTower(config).eval()
-    with torch.no_grad():
-        features = tower(torch.zeros(1, 3, image_size, image_size)).last_hidden_state
+    config = TimmTowerConfig(architecture=architecture, image_size=image_size, feature_norm=feature_norm, layer=layer)
+    with torch.device("meta"), torch.no_grad():  # shapes alone: a large model would take minutes and gigabytes
+        tower = TimmTower(config).eval()
+        _check_layer(tower, layer)
+        try:
+            features = tower(torch.zeros(1, 3, image_size, image_size)).last_hidden_state
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "no reason given"
+            raise ValueError(f"timm:{architecture} takes no pictures of {image_size} px: {reason}") from error
     side = round(features.shape[1] ** 0.5)
     if side * side != features.shape[1] or image_size % side:
         raise ValueError(
@@ -103,3 +123,15 @@ def timm_tower_config(architecture: str, image_size: int, feature_norm: bool = T
     config.patch_size = image_size // side
     config.hidden_size = features.shape[-1]
     return config
+
+
+def _check_layer(tower: TimmTower, layer: int | None) -> None:
+    """Raises ValueError when the timm model does not let a layer be read, or has no such one."""
+    if layer is None:
+        return
+    where = f"model.vision_tower=timm:{tower.config.architecture}@{layer}"
+    if not hasattr(tower.backbone, "forward_intermediates"):
+        raise ValueError(f"{where}: timm reads no inner layers of this model; leave out @{layer}")
+    count = len(tower.backbone.feature_info)
+    if not -count <= layer < count:
+        raise ValueError(f"{where}: it has the layers 0 to {count - 1}, or -{count} to -1")

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipConfig, SiglipModel, SiglipVisionModel
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionModel,
+)
 
 from llava_moe.config import ModelSection
 from llava_moe.model.assemble import Assembled, assemble, load_model
@@ -140,7 +147,7 @@ def test_image_token_is_added_and_other_special_tokens_are_kept(parts: Path, tmp
     )
 
 
-@pytest.mark.parametrize("text", ["qwen2", "phi3", "gpt_neox", "starcoder2", "olmo2"])
+@pytest.mark.parametrize("text", ["qwen2", "phi", "phi3", "gpt_neox", "starcoder2", "olmo2"])
 def test_decoders_of_other_families_keep_their_logits(parts: Path, tmp_path: Path, text: str) -> None:
     decoder = write_decoder(tmp_path, text)
     model = assemble(section(parts, language_model=str(decoder))).model
@@ -148,21 +155,38 @@ def test_decoders_of_other_families_keep_their_logits(parts: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("text", "changes", "message"),
+    ("text", "changes", "expected"),
     [
-        ("gemma2", {"final_logit_softcapping": 3.0}, "Gemma2ForCausalLM changes its logits"),
-        ("cohere", {"logit_scale": 0.0625}, "CohereForCausalLM changes its logits"),
-        ("granite", {"logits_scaling": 8.0}, "GraniteForCausalLM changes its logits"),
-        ("phi", {}, "PhiForCausalLM is no linear map without bias"),
+        ("gemma2", {"final_logit_softcapping": 3.0}, {"logit_softcap": 3.0}),
+        ("cohere", {"logit_scale": 0.0625}, {"logit_scale": 0.0625}),
+        ("granite", {"logits_scaling": 8.0}, {"logit_scale": 0.125}),
     ],
 )
-def test_decoders_that_llava_would_change_are_refused(
-    parts: Path, tmp_path: Path, text: str, changes: dict[str, Any], message: str
+def test_what_decoders_do_to_their_logits_is_kept(
+    parts: Path, tmp_path: Path, text: str, changes: dict[str, Any], expected: dict[str, float]
 ) -> None:
-    """LLaVA's head is a bare matrix; a decoder with a soft cap or a scale behind it would become another model."""
+    """A soft cap or a scale behind the matrix becomes a key of our config; transformers' LLaVA would lose it."""
     decoder = write_decoder(tmp_path, text, **changes)
-    with pytest.raises(ValueError, match=message):
-        assemble(section(parts, language_model=str(decoder)))
+    model = assemble(section(parts, language_model=str(decoder))).model
+    assert {key: getattr(model.config, key) for key in expected} == expected
+    logits = text_logits(AutoModelForCausalLM.from_pretrained(decoder).eval())
+    torch.testing.assert_close(text_logits(model), logits, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_not_known_of_a_decoder_is_refused(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of the logits that our head does not know would make another model of the decoder."""
+    stock = LlamaForCausalLM.forward
+
+    def shifted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = stock(self, *args, **kwargs)
+        output.logits = output.logits + 1
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM changes its logits after the vocabulary projection \(by 1"):
+        assemble(section(parts))
 
 
 def test_tied_embeddings_are_tied(parts: Path, tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_directories_that_are_no_checkpoint(copied: Path, tmp_path: Path) -> Non
     (copied / "model.safetensors").unlink()
     refused(copied, r"no \*\.safetensors there; the checkpoint was not written to its end")
     edit_config(copied, lambda raw: raw.update(model_type="llama"))
-    refused(copied, "its model_type is 'llama'; this program reads llava_moe and llava")
+    refused(copied, "its model_type is 'llama'; this program reads llava_moe, llava, llava_next_moe")
     (copied / "config.json").write_text("{")
     refused(copied, r"config\.json: not valid JSON")
     (copied / "config.json").write_text("[]")

@@ -613,6 +613,17 @@ class TestBranchTrainMix:
             upcycle(section(dense_checkpoint, upcycler=upcycler, num_experts=num_experts), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_part_that_is_measured_is_refused_beside_it(
+        self, dense_checkpoint: Path, samples: CalibrationSection, tmp_path: Path
+    ) -> None:
+        """Its dense block is a mean of checkpoints; statistics of one of them would be those of another block."""
+        upcycler = named("branch_train_mix", checkpoints=[str(dense_checkpoint)] * 2)
+        made = section(dense_checkpoint, calibration=samples, upcycler=upcycler, num_experts=2)
+        made.projector = PartSection(num_experts=2, upcycler=named("partition_random", output_scale="calibrate"))
+        with pytest.raises(ValueError, match=r"upcycle\.projector\.upcycler=.partition_random. runs the dense model"):
+            run(made, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
     def test_the_first_tensor_that_differs_is_named(
         self, dense_checkpoint: Path, timm_checkpoint: Path, tmp_path: Path
     ) -> None:

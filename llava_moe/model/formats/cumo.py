@@ -4,13 +4,15 @@
     model.vision_tower.vision_model.encoder.layers.L.gate.weight, .experts.E.{fc1,fc2}.*; or clip.bin, dense
 
 CuMo's tower returns the input of its last layer, whatever `mm_vision_select_layer` says, and has no final norm. Here
-the tower ends before that layer, whose experts never did anything.
+the tower ends before that layer, whose experts never did anything. With `scales: [1, 3]`, as in the published models,
+it sees the picture once more three times as large, which is enlarged from the pixels of the first (S2, 2403.13043).
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from llava_moe.model.formats.parts import Options, Parts, moe_part, renamed, split
 from llava_moe.model.formats.tensors import TOWER_FILE, State, read_file, read_json
@@ -28,15 +30,11 @@ def read_cumo(path: Path, state: State, options: Options) -> Parts:
     """A whole model, with sections for the parts that have experts.
 
     Raises:
-        CheckpointError: the tower is a multi-scale one, or config.json does not say how many experts are used.
+        CheckpointError: the scales are none that can be had, or config.json does not say how many experts are used.
     """
     raw = read_json(path / "config.json")
-    scales = raw.get("scales") or [1]
-    if list(scales) not in ([1], [1.0]):
-        raise CheckpointError(
-            f"{path / 'config.json'}: scales={scales} is a multi-scale (S2) tower, which cannot be imported yet"
-        )
     parts = split(state, {**raw, "mm_vision_select_layer": -2}, path, path)
+    parts.scales = _scales(path, raw)
     if not parts.tower and (path / TOWER_FILE).is_file():
         for name, lazy in read_file(path / TOWER_FILE).items():
             parts.tower["vision_model." + name.partition("vision_model.")[2]] = lazy
@@ -44,6 +42,17 @@ def read_cumo(path: Path, state: State, options: Options) -> Parts:
     _tower_experts(parts)
     _projector_experts(parts)
     return parts
+
+
+def _scales(path: Path, raw: dict[str, Any]) -> tuple[int, ...]:
+    scales = list(raw.get("scales") or [1])
+    if scales != sorted(set(scales)) or scales[0] != 1 or any(scale != int(scale) for scale in scales):
+        raise CheckpointError(
+            f"{path / 'config.json'}: scales={scales} must be whole numbers that ascend from 1 to be imported"
+        )
+    if len(scales) > 1 and raw.get("mm_vision_select_feature", "patch") != "patch":
+        raise CheckpointError(f"{path / 'config.json'}: several scales have no class token (mm_vision_select_feature)")
+    return tuple(int(scale) for scale in scales)
 
 
 def _k(parts: Parts) -> int:

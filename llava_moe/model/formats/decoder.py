@@ -63,7 +63,10 @@ def decoder_config(state: State, raw: dict[str, Any], where: str) -> PretrainedC
     config_class = CONFIG_MAPPING[family]
     known = {field.name for field in dataclasses.fields(config_class)} | set(_EXTRA_KEYS)
     values = {_OLD_KEYS.get(family, {}).get(key, key): value for key, value in raw.items()}
-    values = {key: value for key, value in values.items() if key in known and value is not None}
+    # null stands for the default of the config's class, but for a window: Mistral's default has one, and null has none
+    values = {
+        key: value for key, value in values.items() if key in known and (value is not None or key == "sliding_window")
+    }
     for key in ("architectures", "dtype", "torch_dtype", "transformers_version", "model_type"):
         values.pop(key, None)
     layers = [int(match[1]) for name in state if (match := _LAYER.match(name)) is not None]

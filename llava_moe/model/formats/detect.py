@@ -38,8 +38,12 @@ def detect(path: Path) -> tuple[str, State]:
     Raises:
         CheckpointError: the directory does not exist, is damaged, or is of no layout that is known.
     """
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file; name the directory that it is in")
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint directory")
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
+        hint = f"; a model of the hub is fetched first: hf download {path} --local-dir DIRECTORY" if hub else ""
+        raise CheckpointError(f"{path}: no such checkpoint directory{hint}")
     if (path / NON_LORA_FILE).is_file() or any((path / name).is_file() for name in ADAPTER_FILES):
         return "llava_lora", {}
     if not (path / "config.json").is_file() and not (path / PROJECTOR_FILE).is_file():

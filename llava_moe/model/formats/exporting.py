@@ -1,14 +1,14 @@
 """A checkpoint of ours out, as one of transformers' own classes: readable without this project, and served by engines.
 
-A dense model becomes `LlavaForConditionalGeneration` as it is. One with experts becomes the same class around a decoder
+A dense model becomes the stock class of its family as it is. One with experts becomes the same class around a decoder
 that transformers has with experts:
 
     Llama, Mistral  -> mixtral      every layer sparse, weights of the chosen experts sum to 1
     Qwen2           -> qwen2_moe    any layers; weights with or without that; gated shared experts
     Qwen3           -> qwen3_moe    any layers; weights with or without that
 
-All else is refused by name. Tensors get the names of published llava-hf files, which serving engines map from:
-`vision_tower.vision_model.*`, `language_model.model.*`, and each expert by itself.
+All else is refused by name (`export_rules`). Tensors get the names of published llava-hf files, which serving engines
+map from: `vision_tower.vision_model.*`, `language_model.model.*`, and each expert by itself.
 """
 
 from __future__ import annotations
@@ -21,21 +21,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llava_moe.model.assemble import check_checkpoint, load_model
-from llava_moe.model.configuration import LlavaMoeConfig, MoePart
+from llava_moe.model.assemble import check_checkpoint
+from llava_moe.model.configuration import MoePart
+from llava_moe.model.formats.export_rules import STOCK, check_decoder, check_outside, check_router, target_of
 from llava_moe.model.layout import Piece, StoredModel
-from llava_moe.model.measuring import TOLERANCE
 from llava_moe.model.modeling import CheckpointError
-from llava_moe.model.offload import WHOLE_MODEL_BYTES
+from llava_moe.model.native import NATIVE_FAMILIES
 from llava_moe.model.streaming import MAX_SHARD_BYTES, CheckpointWriter, TensorInfo, check_space
 
-TARGETS = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
-_SUMS_TO_ONE = {"softmax_topk_renorm": True, "topk_softmax": True, "softmax_topk": False}
 _WRAPPED_TOWERS = ("clip_vision_model", "siglip_vision_model")
-_OWN_KEYS = ("model_type", "projector", "moe", "architectures", "transformers_version")
+_OWN_KEYS = ("model_type", "architectures", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,15 @@ class ExportPlan:
         target: the model_type of the decoder.
         pieces: for each name on disk, the parameter of ours and which part of it.
         zeros: tensors that the class has, that we have not, and that must do nothing.
+        notes: what the stock class does in another way, in one line each.
     """
 
     stored: StoredModel
-    config: LlavaConfig
+    config: Any
     target: str
     pieces: dict[str, tuple[str, Piece]]
     zeros: dict[str, TensorInfo]
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
@@ -71,53 +71,46 @@ def plan_export(path: Path) -> ExportPlan:
         CheckpointError: no class of transformers computes what this checkpoint does; the message says why.
     """
     stored = StoredModel(check_checkpoint(path))
-    config: LlavaMoeConfig = stored.config
+    config = stored.config
+    if config.model_type not in STOCK:
+        raise CheckpointError(
+            f"{path}: a model of type {config.model_type!r} has no counterpart in transformers that this program "
+            f"knows; known: {', '.join(STOCK)}"
+        )
     section = config.moe_section
     parts = {} if section is None else section.parts()
-    _check_outside(path, config, list(parts))
+    notes = check_outside(path, config, list(parts))
     text: Any = config.text_config
-    blocks: dict[str, int | None] = {}
+    blocks: list[str] = []
     if "decoder" in parts:
         text = _moe_text(path, stored, parts["decoder"])
-        blocks = {f"model.language_model.layers.{index}.mlp.": index for index in parts["decoder"].layers}
+        blocks = [f"model.language_model.layers.{index}.mlp." for index in parts["decoder"].layers]
     text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]  # what vLLM builds the decoder by
-    values = {key: value for key, value in config.to_dict().items() if key not in _OWN_KEYS}
-    stock = LlavaConfig(**{**values, "text_config": text, "vision_config": config.vision_config})
-    stock.architectures = [LlavaForConditionalGeneration.__name__]
-    pieces, zeros = _pieces(path, stored, text.model_type, list(blocks))
-    return ExportPlan(stored, stock, text.model_type, pieces, zeros)
+    stock = _stock_config(stored, text)
+    pieces, zeros = _pieces(path, stored, text.model_type, blocks)
+    return ExportPlan(stored, stock, text.model_type, pieces, zeros, list(notes))
 
 
-def _check_outside(path: Path, config: LlavaMoeConfig, parts: list[str]) -> None:
-    """Tower and projector: what has no counterpart in the stock class."""
-    experts = [part for part in parts if part != "decoder"]
-    if experts:
-        raise CheckpointError(
-            f"{path}: has experts in its {' and '.join(experts)}, and transformers' LLaVA has dense ones; it is used "
-            "with `import llava_moe`"
-        )
-    if config.projector != "mlp2x_gelu":
-        raise CheckpointError(
-            f"{path}: its projector is {config.projector!r}, and that of transformers' LLaVA is two linear maps with "
-            "an activation between them (mlp2x_gelu)"
-        )
-    kind = config.vision_config.model_type
-    if kind.startswith("llava_moe"):
-        raise CheckpointError(f"{path}: its vision tower ({kind}) is a class of this project alone")
+def _stock_config(stored: StoredModel, text: Any) -> Any:
+    config = stored.config
+    config_class, model_class = STOCK[config.model_type]
+    ours_alone = {field.name for field in dataclasses.fields(type(config))}
+    ours_alone -= {field.name for field in dataclasses.fields(config_class)}
+    drop = {*_OWN_KEYS, *ours_alone}
+    values = {key: value for key, value in config.to_dict().items() if key not in drop}
+    stock = config_class(**{**values, "text_config": text, "vision_config": config.vision_config})
+    stock.architectures = [model_class.__name__]
+    embedding = "model.language_model.embed_tokens.weight"
+    stock.dtype = str(stored.info(embedding).dtype).removeprefix("torch.")
+    return stock
 
 
 def _moe_text(path: Path, stored: StoredModel, part: MoePart) -> PretrainedConfig:
     """The config of the sparse decoder in the place of our dense one with a section."""
     text: Any = stored.config.text_config
-    layers = int(text.num_hidden_layers)
-    target = TARGETS.get(text.model_type)
-    if target is None:
-        raise CheckpointError(
-            f"{path}: a {text.model_type} decoder with experts has no class in transformers; "
-            f"those that have: {', '.join(f'{ours} ({theirs})' for ours, theirs in TARGETS.items())}"
-        )
-    k, renormalised = _check_router(path, part)
-    _check_decoder(path, text, target, part, renormalised)
+    target = target_of(path, text)
+    k, renormalised = check_router(path, part)
+    check_decoder(path, text, target, part, renormalised)
     block = f"model.language_model.layers.{part.layers[0]}.mlp."
     width = stored.state[f"{block}experts.down_proj"].shape[-1]
     known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[target])} | {"head_dim"}
@@ -127,48 +120,13 @@ def _moe_text(path: Path, stored: StoredModel, part: MoePart) -> PretrainedConfi
     if target == "mixtral":
         values |= {"num_local_experts": part.num_experts[0], "intermediate_size": width}
     else:
-        dense = [index for index in range(layers) if index not in part.layers]
+        dense = [index for index in range(text.num_hidden_layers) if index not in part.layers]
         values |= {"num_experts": part.num_experts[0], "moe_intermediate_size": width, "mlp_only_layers": dense}
         values |= {"decoder_sparse_step": 1, "norm_topk_prob": renormalised}
     if target == "qwen2_moe":
         shared = stored.state.get(f"{block}shared.block.down_proj")
         values["shared_expert_intermediate_size"] = 0 if shared is None else shared.shape[-1]
     return CONFIG_MAPPING[target](**values)
-
-
-def _check_router(path: Path, part: MoePart) -> tuple[int, bool]:
-    """k, and whether the weights of the chosen experts sum to 1."""
-    args = {"k": 2, "convention": "softmax_topk_renorm", "bias": False, "scheduled_k": False, **part.router.args}
-    why = None
-    if part.router.name != "top_k":
-        why = f"its router is {part.router.name!r}; transformers' sparse decoders have top_k alone"
-    elif args["bias"] or args["scheduled_k"]:
-        why = "its router has a bias or a scheduled k, and those of transformers have not"
-    elif part.experts.name != "stacked":
-        why = f"its experts are {part.experts.name!r}; transformers' are whole feed-forward blocks (stacked)"
-    elif len(set(part.num_experts)) > 1:
-        why = f"its layers have {list(part.num_experts)} experts, and transformers has one number for all"
-    if why is not None:
-        raise CheckpointError(f"{path}: {why}")
-    return int(args["k"]), _SUMS_TO_ONE[args["convention"]]
-
-
-def _check_decoder(path: Path, text: Any, target: str, part: MoePart, renormalised: bool) -> None:
-    """What each target cannot do."""
-    why = None
-    dense = [index for index in range(text.num_hidden_layers) if index not in part.layers]
-    if target == "mixtral" and dense:
-        why = f"layers {dense} are dense, and in a mixtral every layer has experts"
-    elif target == "mixtral" and not renormalised:
-        why = "the weights of its experts do not sum to 1 (softmax_topk), and those of a mixtral do"
-    elif target == "mixtral" and (getattr(text, "attention_bias", False) or getattr(text, "mlp_bias", False)):
-        why = "its attention or feed-forward maps have biases, and those of a mixtral have not"
-    elif target != "mixtral" and getattr(text, "use_sliding_window", False):
-        why = f"its attention has a sliding window in some layers, which {target} does not have in the same ones"
-    elif part.shared is not None and (target != "qwen2_moe" or part.shared.get("mix", "sum") != "gated"):
-        why = f"it has shared experts ({part.shared}), and only a qwen2_moe has such, gated ones"
-    if why is not None:
-        raise CheckpointError(f"{path}: cannot become a {target} decoder: {why}")
 
 
 def _pieces(
@@ -178,10 +136,16 @@ def _pieces(
     zeros: dict[str, TensorInfo] = {}
     tied = stored.model.all_tied_weights_keys
     tower = stored.config.vision_config.model_type
+    native = not blocks and target in NATIVE_FAMILIES
     for key, parameter in stored.state.items():
-        block = next((block for block in blocks if key.startswith(block)), None)
         if key in tied:
             continue
+        head, middle, inner = key.partition(".mlp.")
+        if native and middle and head.startswith("model.language_model."):
+            for name, piece in _native_names(inner, parameter, target):
+                pieces[_stock_name(f"{head}.mlp.", tower, target) + name] = (key, piece)
+            continue
+        block = next((block for block in blocks if key.startswith(block)), None)
         if block is None:
             pieces[_stock_name(key, tower)] = (key, Piece(key))
             continue
@@ -208,16 +172,12 @@ def _stock_name(key: str, tower: str, target: str = "") -> str:
 
 
 def _expert_names(path: Path, inner: str, parameter: Tensor, target: str) -> list[tuple[str, Piece]]:
-    """What one parameter of an MoE layer becomes, by names inside the layer."""
+    """What one parameter of an MoE layer of ours becomes, by names inside the layer."""
     gate, up, down = ("w1", "w3", "w2") if target == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-    experts = range(parameter.shape[0])
     if inner == "router.scorer.weight":
         return [("gate.weight", Piece(inner))]
-    if inner == "experts.gate_up_proj":
-        halves = enumerate((gate, up))
-        return [(f"experts.{e}.{name}.weight", Piece(inner, e, half)) for half, name in halves for e in experts]
-    if inner == "experts.down_proj":
-        return [(f"experts.{e}.{down}.weight", Piece(inner, e)) for e in experts]
+    if inner in ("experts.gate_up_proj", "experts.down_proj"):
+        return _stacked_names(inner, parameter, target)
     if inner == "shared.gate":
         return [("shared_expert_gate.weight", Piece(inner))]
     if inner == "shared.block.gate_up_proj":
@@ -225,6 +185,21 @@ def _expert_names(path: Path, inner: str, parameter: Tensor, target: str) -> lis
     if inner == "shared.block.down_proj":
         return [(f"shared_expert.{down}.weight", Piece(inner, 0))]
     raise CheckpointError(f"{path}: {inner} of its MoE layers has no place in a {target} decoder")
+
+
+def _native_names(inner: str, parameter: Tensor, target: str) -> list[tuple[str, Piece]]:
+    """The same for a layer of transformers' own, whose names stay but for the experts, which are stacked in memory."""
+    stacked = inner in ("experts.gate_up_proj", "experts.down_proj")
+    return _stacked_names(inner, parameter, target) if stacked else [(inner, Piece(inner))]
+
+
+def _stacked_names(inner: str, parameter: Tensor, target: str) -> list[tuple[str, Piece]]:
+    gate, up, down = ("w1", "w3", "w2") if target == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    experts = range(parameter.shape[0])
+    if inner == "experts.down_proj":
+        return [(f"experts.{e}.{down}.weight", Piece(inner, e)) for e in experts]
+    halves = enumerate((gate, up))
+    return [(f"experts.{e}.{name}.weight", Piece(inner, e, half)) for half, name in halves for e in experts]
 
 
 def export_weights(plan: ExportPlan, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -248,33 +223,3 @@ def export_weights(plan: ExportPlan, folder: Path, max_shard_bytes: int = MAX_SH
     generation = plan.stored.path / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)
-
-
-@torch.no_grad()
-def check_export(plan: ExportPlan, folder: Path, whole_bytes: int = WHOLE_MODEL_BYTES) -> float | None:
-    """The largest difference of the logits of the two models on one picture and some text; None if they are too large.
-
-    Raises:
-        CheckpointError: the stock class misses a tensor, or computes something else.
-    """
-    if plan.stored.reader.float32_bytes > whole_bytes:
-        return None
-    stock_class: Any = LlavaForConditionalGeneration
-    stock, info = stock_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    state = stock.state_dict()
-    missing = sorted(key for key in info["missing_keys"] if key not in state or state[key].numel())
-    wrong = [*missing, *sorted(info["unexpected_keys"])]
-    if wrong:
-        raise CheckpointError(f"{folder}: transformers misses or does not know {', '.join(wrong[:4])}")
-    config: Any = plan.config
-    ours = load_model(plan.stored.path)
-    generator = torch.Generator().manual_seed(0)
-    size, token = config.vision_config.image_size, config.image_token_index
-    ids = torch.randint(0, min(config.text_config.vocab_size, token), (1, 16), generator=generator)
-    ids = torch.cat([ids[:, :4], torch.full((1, config.image_seq_length), token), ids[:, 4:]], dim=1)
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, size, size, generator=generator)}
-    expected, found = ours(**inputs).logits, stock.eval()(**inputs).logits
-    error = float((found - expected).abs().max())
-    if error > TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise CheckpointError(f"{plan.stored.path}: the export's logits differ by {error:.2e}; nothing was written")
-    return error

@@ -12,30 +12,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from llava_moe.model.assemble import IMAGE_TOKEN
-from llava_moe.model.configuration import LlavaMoeConfig
+from llava_moe.model.families import family_of
 from llava_moe.model.formats.cumo import read_cumo
 from llava_moe.model.formats.decoder import decoder_config
-from llava_moe.model.formats.detect import detect
+from llava_moe.model.formats.detect import LAYOUTS, detect
 from llava_moe.model.formats.llava import mixtral_experts, read_lora, read_projector, read_whole
+from llava_moe.model.formats.llava_hf import read_hf
 from llava_moe.model.formats.moe_llava import read_moe_llava
 from llava_moe.model.formats.parts import Options, Parts
 from llava_moe.model.formats.target import Placed, place, write
-from llava_moe.model.formats.tensors import Lazy, State, read_json
+from llava_moe.model.formats.tensors import Lazy, State
+from llava_moe.model.formats.tiles import Seeing, read_seeing
 from llava_moe.model.formats.tower import Tower, read_tower
 from llava_moe.model.modeling import CheckpointError
-from llava_moe.model.streaming import TensorInfo
+from llava_moe.model.projectors import PROJECTORS
+from llava_moe.model.streaming import MAX_SHARD_BYTES, TensorInfo
 
 _ROW_MULTIPLE = 64
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-_IMAGE_MODES = {None: "square", "square": "square", "pad": "pad"}
-_HF_NAMES = (
-    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"^language_model\.model\."), "model.language_model."),
-    (re.compile(r"^(vision_tower|multi_modal_projector)\."), r"model.\1."),
-)
+_NEEDS_BASE = ("llava_projector", "llava_lora")
+_LINEAR = re.compile(r"(\d+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,12 @@ class Imported:
         tower_folder: with the image processor's config; None likewise.
         generation: a generation_config.json to copy, if there is one.
         new_rows: rows that were added to the vocabulary.
+        parents: what it is made of, as the user or config.json named it.
+        tiling: of the processor; None where a picture is taken whole.
     """
 
     layout: str
-    config: LlavaMoeConfig
+    config: Any
     placed: Placed
     image_mode: str | None
     tokenizer: Any = None
@@ -59,10 +61,16 @@ class Imported:
     num_additional_image_tokens: int = 0
     generation: Path | None = None
     new_rows: int = 0
+    parents: tuple[str, ...] = ()
+    tiling: dict[str, Any] | None = None
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """Writes weights, config.json and generation_config.json into an existing directory."""
-        write(self.placed, folder)
+        write(self.placed, folder, max_shard_bytes)
+        infos = [lazy.info for name, lazy in self.placed.sources.items() if "embed_tokens" in name]
+        family = family_of(self.config)
+        self.config.architectures = [] if family is None else [family.model.__name__]
+        self.config.dtype = str(infos[0].dtype).removeprefix("torch.")
         self.config.save_pretrained(folder)
         if self.generation is not None:
             shutil.copyfile(self.generation, folder / "generation_config.json")
@@ -83,6 +91,10 @@ def plan_import(path: Path, options: Options) -> Imported:
         if folder is not None and not folder.is_dir():
             raise CheckpointError(f"{name} {folder}: no such directory")
     layout, state = detect(path)
+    if layout not in _NEEDS_BASE and options.base is not None:
+        raise CheckpointError(
+            f"--base {options.base}: {path} is complete without it ({LAYOUTS[layout]}); leave --base out"
+        )
     if layout == "llava_hf":
         return _from_hf(path, state, options)
     readers: dict[str, Callable[[], Parts]] = {
@@ -94,40 +106,45 @@ def plan_import(path: Path, options: Options) -> Imported:
     }
     parts = readers[layout]()
     mixtral_experts(parts)
-    image_mode = _image_mode(parts, options)
     tower = read_tower(parts, options)
+    seeing = read_seeing(parts, options, tower.config.image_size)
     text = decoder_config(parts.decoder, parts.raw, parts.where)
-    tokenizer = _tokenizer(parts.text)
+    tokenizer = _tokenizer(parts.text, text)
     new_rows = _grow(parts, text, len(tokenizer))
-    config = _config(parts, text, tower, int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
-    placed = place(config, _by_our_names(parts, tower), parts.where)
-    if parts.newline is not None:
+    config = _config(parts, text, tower, seeing, int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
+    state = _by_our_names(parts, tower)
+    if parts.newline is not None and seeing.has_newline:
+        state["model.image_newline"] = parts.newline
+    placed = place(config, state, parts.where)
+    if parts.newline is not None and not seeing.has_newline:
         placed.left_out.append(parts.newline.origin)
     generation = next((f for p in (path, parts.text) if (f := p / "generation_config.json").is_file()), None)
-    return Imported(layout, config, placed, image_mode, tokenizer, tower.folder, tower.num_extra, generation, new_rows)
+    named = (path, options.base, options.tower or parts.raw.get("mm_vision_tower"))
+    return Imported(
+        layout,
+        config,
+        placed,
+        seeing.image_mode,
+        tokenizer,
+        tower.folder,
+        tower.num_extra,
+        generation,
+        new_rows,
+        tuple(str(parent) for parent in named if parent is not None),
+        seeing.tiling,
+    )
 
 
-def _image_mode(parts: Parts, options: Options) -> str:
-    """Refuses what needs more than one tile of a picture, unless the user says otherwise."""
-    if options.image_mode is not None:
-        return options.image_mode
-    asked, merge = parts.raw.get("image_aspect_ratio"), parts.raw.get("mm_patch_merge_type", "flat")
-    if asked not in _IMAGE_MODES or (parts.newline is not None and "unpad" in str(merge)):
+def _tokenizer(folder: Path, text: Any) -> Any:
+    known = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    absent = [name for name, there in known.items() if not there]
+    if absent and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
-            f"{parts.where}: image_aspect_ratio={asked!r} with mm_patch_merge_type={merge!r} needs a model of tiles, "
-            "and the models here take one picture whole; --image-mode pad (or square) imports it as such a one"
+            f"{folder}: its tokenizer.model is read with sentencepiece and protobuf; pip install {' '.join(absent)}"
         )
-    if parts.raw.get("mm_use_im_start_end"):
-        raise CheckpointError(
-            f"{parts.where}: mm_use_im_start_end puts tokens around every picture (LLaVA before 1.5), which no "
-            "template here does"
-        )
-    return _IMAGE_MODES[asked]
-
-
-def _tokenizer(folder: Path) -> Any:
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # with the decoder's config: that in the directory has a model_type that transformers does not know
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=text, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder}: no tokenizer that can be loaded: {reason}") from error
@@ -165,24 +182,52 @@ def _grown(lazy: Lazy, rows: int, wanted: int) -> Lazy:
     return Lazy(TensorInfo(lazy.info.dtype, (wanted, *lazy.info.shape[1:])), lazy.origin, load)
 
 
-def _config(parts: Parts, text: Any, tower: Tower, image_token: int) -> LlavaMoeConfig:
-    return LlavaMoeConfig(
+def _config(parts: Parts, text: Any, tower: Tower, seeing: Seeing, image_token: int) -> Any:
+    values = dict(seeing.values)
+    if hasattr(seeing.config_class, "video_token_index"):
+        values["video_token_index"] = image_token  # of videos as the stock class takes them; here they are <image> too
+    return seeing.config_class(
         vision_config=tower.config,
         text_config=text,
         image_token_index=image_token,
         image_seq_length=tower.num_tokens,
         vision_feature_layer=tower.feature_layer,
-        vision_feature_select_strategy=tower.strategy,  # type: ignore[arg-type]
+        vision_feature_select_strategy=tower.strategy,
         multimodal_projector_bias=any(name.endswith("bias") for name in parts.projector),
-        projector="linear" if "weight" in parts.projector else "mlp2x_gelu",
+        projector=_projector_kind(parts),
         tie_word_embeddings=bool(text.tie_word_embeddings),
         moe=parts.moe or None,
+        **values,
     )
 
 
-_PROJECTOR_NAMES = {"weight": "linear_1.weight", "bias": "linear_1.bias"} | {
-    f"{index}.{kind}": f"linear_{1 + index // 2}.{kind}" for index in (0, 2) for kind in ("weight", "bias")
-}
+def _projector_kind(parts: Parts) -> str:
+    """Our name of the projector that the tensors are of: LLaVA's linear map, or N of them with activations between.
+
+    Raises:
+        CheckpointError: there are none, they are of no projector that is known, or config.json names another.
+    """
+    if "projector" in parts.moe:
+        return "mlp2x_gelu"
+    if not parts.projector:
+        raise CheckpointError(f"{parts.where}: no tensors of a projector (mm_projector.*)")
+    asked = parts.raw.get("mm_projector_type")
+    foreign = [name for name in parts.projector if name not in ("weight", "bias") and not _LINEAR.fullmatch(name)]
+    indices = sorted({int(match[1]) for name in parts.projector if (match := _LINEAR.fullmatch(name)) is not None})
+    depth = max(len(indices), 1)
+    found = "linear" if depth == 1 else f"mlp{depth}x_gelu"
+    if foreign or indices != [2 * number for number in range(len(indices))] or found not in PROJECTORS:
+        wrong = parts.projector[foreign[0] if foreign else list(parts.projector)[-1]]
+        raise CheckpointError(
+            f"{wrong.origin}: belongs to no projector that can be imported (mm_projector_type {asked!r}); known: "
+            "linear, mlp2x_gelu to mlp4x_gelu, smoe_mlp"
+        )
+    if asked is not None and asked not in (found, f"mlp{depth}x_gelu"):
+        raise CheckpointError(
+            f"{parts.projector[list(parts.projector)[-1]].origin}: is of a projector {found}, but config.json says "
+            f"mm_projector_type={asked!r}"
+        )
+    return found
 
 
 def _by_our_names(parts: Parts, tower: Tower) -> State:
@@ -190,49 +235,29 @@ def _by_our_names(parts: Parts, tower: Tower) -> State:
     state: State = {}
     for name, lazy in parts.decoder.items():
         state[f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name] = lazy
-    if not parts.projector:
-        raise CheckpointError(f"{parts.where}: no tensors of a projector (mm_projector.*)")
     for name, lazy in parts.projector.items():
-        if name not in _PROJECTOR_NAMES and "projector" not in parts.moe:
-            raise CheckpointError(
-                f"{lazy.origin}: belongs to no projector that can be imported (mm_projector_type "
-                f"{parts.raw.get('mm_projector_type')!r}); known: linear, mlp2x_gelu, smoe_mlp"
-            )
-        state[f"model.multi_modal_projector.{_PROJECTOR_NAMES.get(name, name)}"] = lazy
+        match = _LINEAR.fullmatch(name)
+        if match is not None:
+            name = f"linear_{1 + int(match[1]) // 2}.{match[2]}"
+        elif name in ("weight", "bias"):
+            name = f"linear_1.{name}"
+        state[f"model.multi_modal_projector.{name}"] = lazy
     return state | {f"model.vision_tower.{name}": lazy for name, lazy in tower.state.items()}
 
 
 def _from_hf(path: Path, state: State, options: Options) -> Imported:
     """The stock class: the same tensors under our config."""
-    raw = read_json(path / "config.json")
-    kind = raw.get("model_type")
-    if kind != "llava":
-        raise CheckpointError(
-            f"{path}: model_type is {kind!r}; of transformers' classes only llava (one picture, whole) can be imported"
-            + (", and this is a checkpoint of ours already" if kind == LlavaMoeConfig.model_type else "")
-        )
-    if options.base is not None or options.tower is not None:
-        raise CheckpointError(f"{path}: is complete; leave out --base and --vision-tower")
-    try:
-        stock = AutoConfig.from_pretrained(path).to_dict()
-        config = LlavaMoeConfig(**{key: value for key, value in stock.items() if key != "model_type"})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: {str(error).splitlines()[0]}") from error
-    if "moe" in str(config.text_config.model_type) or config.text_config.model_type == "mixtral":
-        raise CheckpointError(
-            f"{path}: its decoder ({config.text_config.model_type}) is a mixture of experts of transformers' own, "
-            "which cannot be imported yet"
-        )
-    named: State = {}
-    for name, lazy in state.items():
-        for pattern, replacement in _HF_NAMES:
-            name = pattern.sub(replacement, name)
-        named[name] = lazy
+    config, named, left_out = read_hf(path, state)
+    if options.tower is not None:
+        raise CheckpointError(f"--vision-tower {options.tower}: {path} holds its own; leave --vision-tower out")
+    placed = place(config, named, str(path))
+    placed.left_out += left_out
     generation = path / "generation_config.json"
     return Imported(
         "llava_hf",
         config,
-        place(config, named, str(path)),
+        placed,
         options.image_mode,
         generation=generation if generation.is_file() else None,
+        parents=(str(path),),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,14 @@ class Options:
         base: the language model that a projector or adapters belong to.
         tower: directory of the vision tower, with its config.json and preprocessor_config.json.
         image_mode: in the place of config.json's image_aspect_ratio.
+        read_grids: LLaVA's `image_grid_pinpoints` and the side of a tile to (height, width) in pixels. Data code knows
+            how, which models do not import; `llava_moe.convert` fills it in.
     """
 
     base: Path | None = None
     tower: Path | None = None
     image_mode: str | None = None
+    read_grids: Callable[[Any, int], Sequence[Sequence[int]]] | None = None
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Parts:
         tower: as in the tower's own files, `vision_model...`; empty where it was not saved.
         newline: the learned end of a row of tiles, which only anyres models use.
         moe: sections of our config, by part.
+        scales: at which the tower sees a picture (S2); the first is 1, the picture itself.
     """
 
     raw: dict[str, Any]
@@ -55,6 +59,7 @@ class Parts:
     tower: State = field(default_factory=dict)
     newline: Lazy | None = None
     moe: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scales: tuple[int, ...] = (1,)
 
 
 def split(state: State, raw: dict[str, Any], where: Path, text: Path) -> Parts:

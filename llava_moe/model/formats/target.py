@@ -2,7 +2,7 @@
 
 The tensors come under the names that parameters have in the model, except for experts: expert e of a layer's block is
 `<block>.experts.<e>.<gate|up|down>.<weight|bias>`, and becomes part of the stacked parameter or a tensor of its own,
-whichever our files have.
+whichever our files have. Shared experts are one block, `<block>.shared.block.0.<gate|up|down>.<weight|bias>`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from llava_moe.model.layout import Piece, empty_model, stock_pieces
 from llava_moe.model.modeling import CheckpointError
 from llava_moe.model.streaming import MAX_SHARD_BYTES, CheckpointWriter, TensorInfo, check_space
 
-_STACKED = re.compile(r"^(.+\.experts)\.(gate_up|up|down)_(proj|bias)$")
+_STACKED = re.compile(r"^(.+\.(?:experts|shared\.block))\.(gate_up|up|down)_(proj|bias)$")
 _HALVES = {"gate_up": ("gate", "up"), "up": ("up",), "down": ("down",)}
 # What old files hold and no model needs: buffers that are computed, and parts of a tower behind the features.
 _NEEDLESS = re.compile(
-    r"rotary_emb\.inv_freq$|position_ids$|vision_tower\.(vision_model\.)?(head\.|post_layernorm\.)|masked_bias$"
+    r"rotary_emb\.inv_freq$|position_ids$|vision_tower\.(tower\.)?(vision_model\.)?(head\.|post_layernorm\.)|masked_bias$"
 )
 
 
@@ -98,12 +98,13 @@ def _tower_name(key: str, state: State) -> str:
     """transformers has taken `vision_model` out of its towers' names; files have it or not."""
     if key in state:
         return key
-    head = "model.vision_tower."
-    if not key.startswith(head):
-        return key
-    rest = key.removeprefix(head)
-    other = head + (rest.removeprefix("vision_model.") if rest.startswith("vision_model.") else f"vision_model.{rest}")
-    return other if other in state else key
+    for head in ("model.vision_tower.tower.", "model.vision_tower."):
+        if key.startswith(head):
+            rest = key.removeprefix(head)
+            bare = rest.removeprefix("vision_model.")
+            other = head + (bare if bare != rest else f"vision_model.{rest}")
+            return other if other in state else key
+    return key
 
 
 def _joined(parts: list[Lazy], shape: tuple[int, ...], name: str, key: str) -> Lazy:

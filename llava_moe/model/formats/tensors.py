@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +47,20 @@ class Lazy:
 State = dict[str, Lazy]
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+# What torch's unpickler raises for damaged files, besides what it refuses.
+_DAMAGED = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 PROJECTOR_FILE, NON_LORA_FILE, TOWER_FILE = "mm_projector.bin", "non_lora_trainables.bin", "clip.bin"
 
 
@@ -76,7 +92,7 @@ def read_file(file: Path) -> State:
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
         found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{file}: damaged, cut short, or more than tensors ({reason}); copy it again, or convert it to safetensors "
@@ -102,6 +118,13 @@ def read_folder(folder: Path) -> State:
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _read_shards(index)
+    shards = sorted(file.name for file in folder.iterdir() if _SHARD.fullmatch(file.name))
+    if shards:
+        kind = _WHOLE[0] if shards[0].endswith("safetensors") else _WHOLE[1]
+        raise CheckpointError(
+            f"{folder}: {kind}.index.json is missing, which says what is in {shards[0]} and {len(shards) - 1} more; "
+            "copy it too"
+        )
     return {}
 
 

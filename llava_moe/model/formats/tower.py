@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from llava_moe.model.formats.parts import Options, Parts
 from llava_moe.model.formats.tensors import Lazy, State, read_folder
 from llava_moe.model.modeling import CheckpointError
+from llava_moe.model.vision_composite import multi_scale_config
 
 _LAYER = re.compile(r"(?:vision_model\.)?encoder\.layers\.(\d+)\.")
 _OTHER_HALF = ("text_model.", "visual_projection.", "text_projection.", "logit_", "model.")
@@ -75,7 +76,8 @@ def read_tower(parts: Parts, options: Options) -> Tower:
             f"and mm_vision_select_layer={parts.raw.get('mm_vision_select_layer', -2)} is not among them"
         )
     _fill_norm(state, config, parts.where)
-    return _selected(folder, config, state, feature_layer, parts.raw)
+    tower = _selected(folder, config, state, feature_layer, parts.raw)
+    return tower if parts.scales == (1,) else _at_scales(tower, parts.scales)
 
 
 def _selected(folder: Path, config: Any, state: State, feature_layer: int, raw: dict[str, Any]) -> Tower:
@@ -86,6 +88,15 @@ def _selected(folder: Path, config: Any, state: State, feature_layer: int, raw: 
     strategy = "default" if has_class and patches_only else "full"
     num_tokens = grid + (1 if has_class and not patches_only else 0)
     return Tower(folder, config, state, feature_layer, strategy, int(has_class), num_tokens)
+
+
+def _at_scales(tower: Tower, scales: tuple[int, ...]) -> Tower:
+    """The tower inside one that shows it the picture at several scales; its input stays that of the smallest."""
+    inner = tower.config
+    config = multi_scale_config(inner, tower.feature_layer, list(scales))
+    config.image_size, config.patch_size = inner.image_size, inner.patch_size
+    state = {f"tower.{name}": lazy for name, lazy in tower.state.items()}
+    return Tower(tower.folder, config, state, -1, "full", 0, tower.num_tokens)
 
 
 def _folder(parts: Parts, options: Options) -> Path:

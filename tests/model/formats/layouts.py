@@ -147,3 +147,81 @@ def inputs(image_token: int, num_tokens: int = 4, at: int = 3) -> tuple[Tensor, 
 def clip_features(tower: Any, layer: int = -2) -> Callable[[Tensor], Tensor]:
     """Without the class token."""
     return lambda pixels: tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
+
+
+def linear_projector() -> nn.Linear:
+    """LLaVA's first projector."""
+    return seeded(lambda: nn.Linear(24, HIDDEN), seed=4)
+
+
+def deep_projector() -> nn.Sequential:
+    """mlp3x_gelu."""
+
+    def make() -> nn.Sequential:
+        later = (nn.GELU(), nn.Linear(HIDDEN, HIDDEN))
+        return nn.Sequential(nn.Linear(24, HIDDEN), *later, nn.GELU(), nn.Linear(HIDDEN, HIDDEN))
+
+    return seeded(make, seed=4)
+
+
+def whole(
+    folder: Path,
+    family: str = "llama",
+    saved_tower: bool = False,
+    project: nn.Module | None = None,
+    extra: Tensors | None = None,
+    **changes: Any,
+) -> tuple[Path, Any, Any, Any]:
+    """A whole LLaVA checkpoint: (directory, decoder, tower, projector)."""
+    tower_dir, tower = tower_folder(folder / "tower")
+    model, project = decoder(family), projector() if project is None else project
+    tensors = dict(model.state_dict()) | prefixed("model.mm_projector.", project.state_dict()) | (extra or {})
+    if saved_tower:
+        tower.requires_grad_(False)
+        for parameter in tower.parameters():  # trained: another tower than in its own directory
+            parameter.mul_(1.1)
+        saved = {bare(name): value for name, value in tower.state_dict().items()}
+        tensors |= prefixed("model.vision_tower.vision_tower.vision_model.", saved)
+    if changes.pop("tied", False):
+        tie(model)
+        tensors.pop("lm_head.weight")
+    raw = llava_config(model, tower_dir, **changes)
+    return write(folder / "checkpoint-5", raw, tensors, tiny_llama_tokenizer()), model, tower, project
+
+
+def tie(model: Any) -> None:
+    """The head becomes the embedding, as in small decoders, whose files then hold one of the two."""
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+
+
+def stage_one(folder: Path) -> tuple[Path, Path, Any, Any, Any]:
+    """`mm_projector.bin` alone: (directory, base, decoder, tower, projector)."""
+    tower_dir, tower = tower_folder(folder / "tower")
+    model, project = decoder(), projector()
+    base = write(folder / "vicuna", model.config.to_dict(), model.state_dict(), tiny_llama_tokenizer())
+    path = folder / "stage1"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(llava_config(model, tower_dir)))
+    torch.save(prefixed("model.mm_projector.", project.state_dict()), path / "mm_projector.bin")
+    return path, base, model, tower, project
+
+
+def lora(folder: Path, **options: Any) -> tuple[Path, Path, Any, Any, Any]:
+    """Adapters as peft writes them: (directory, base, decoder with the adapters merged by peft, tower, projector)."""
+    from peft import LoraConfig, get_peft_model
+
+    tower_dir, tower = tower_folder(folder / "tower")
+    model, project = decoder(), projector()
+    base = write(folder / "vicuna", model.config.to_dict(), model.state_dict(), tiny_llama_tokenizer())
+    raw = llava_config(model, tower_dir)
+    chosen = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], **options)
+    adapted: Any = get_peft_model(model, chosen)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    path = folder / "any-name"
+    adapted.save_pretrained(path)
+    (path / "config.json").write_text(json.dumps(raw))
+    torch.save(prefixed("base_model.model.model.mm_projector.", project.state_dict()), path / "non_lora_trainables.bin")
+    return path, base, adapted.merge_and_unload(), tower, project

@@ -10,14 +10,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
+from llava_moe.cli import main
 from llava_moe.convert import export_checkpoint, import_checkpoint
 from llava_moe.data.processing import load_processor
 from llava_moe.data.schema import Turn
 from llava_moe.model.assemble import load_model
 from llava_moe.model.formats import Options
 from llava_moe.model.modeling import CheckpointError
+from tests.model.formats.tiles_layouts import original, stock
 from tests.tiny import tiny_image
 from tests.tiny_model import tiny_config, tiny_model, tiny_moe, tiny_processor, write_tiny_checkpoint
 
@@ -116,6 +118,47 @@ def test_the_stock_processor_makes_the_same_inputs(tmp_path: Path, image_mode: s
     assert not kind.endswith("Pil")
 
 
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+def test_the_stock_processor_cuts_the_same_tiles(tmp_path: Path, kind: str) -> None:
+    """From our checkpoint to the export's processor, and the tokens that it counts fit the export's model."""
+    source, _ = stock(tmp_path, kind)
+    import_checkpoint(source, tmp_path / "ours", Options())
+    ours = load_processor(tmp_path / "ours")
+    assert export_checkpoint(tmp_path / "ours", tmp_path / "stock")["class"] == kind
+    exported = AutoProcessor.from_pretrained(tmp_path / "stock")
+    assert type(exported) is type(AutoProcessor.from_pretrained(source))
+    exported.image_processor = AutoImageProcessor.from_pretrained(tmp_path / "stock", backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stock", dtype=torch.float32)
+    for size in ((37, 23), (16, 50), (90, 31)):
+        picture = tiny_image(3, (size[1], size[0]))
+        found = exported(images=picture, text="<image>\nWhat is the shape?", return_tensors="pt")
+        expected = ours.encode_visuals([picture])
+        assert tuple(found["image_sizes"][0].tolist()) == size == expected["image_sizes"][0]
+        assert int((found["input_ids"] == ours.image_token_id).sum()) == expected["image_tokens"][0]
+        torch.testing.assert_close(found["pixel_values"][0].float(), expected["pixel_values"], rtol=0, atol=2e-2)
+        with torch.no_grad():
+            assert model(**found).logits.shape[1] == found["input_ids"].shape[1]
+
+
+def test_what_differs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, *_ = original(tmp_path, "clip", image_aspect_ratio="anyres")
+    import_checkpoint(path, tmp_path / "ours", Options(), "v1")
+    main(["export", str(tmp_path / "ours"), "--to", str(tmp_path / "stock")])
+    said = capsys.readouterr().out
+    assert "llava_next with a llama decoder" in said
+    assert "not the same: padding is cut off as transformers does it" in said
+    assert json.loads((tmp_path / "stock" / "export.json").read_text())["notes"]
+
+
+def test_another_image_mode_than_the_stock_processors_is_refused(tmp_path: Path) -> None:
+    path, *_ = original(tmp_path, "clip", image_aspect_ratio="anyres")
+    import_checkpoint(path, tmp_path / "ours", Options(), "v1")
+    load_processor(tmp_path / "ours", image_mode="pad").save_pretrained(tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=r"its image mode is 'pad', and the stock processor .* anyres alone"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()
+
+
 def test_a_dense_export_comes_back(tmp_path: Path) -> None:
     path = written(tmp_path)
     export_checkpoint(path, tmp_path / "stock")
@@ -142,6 +185,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "family": ({"text": "phi3", "moe": tiny_moe(layers=ALL)}, ["phi3", "llama (mixtral)"]),
     "projector": ({"projector": "linear"}, ["'linear'", "two linear maps"]),
     "tower": ({"vision": "timm"}, ["llava_moe_timm", "a class of this project"]),
+    "logits": ({"logit_softcap": 5.0}, ["logit_softcap=5.0", "transformers' LLaVA does not"]),
     "parts": (
         {"moe": {"projector": {"layers": [0], "num_experts": 2}}},
         ["experts in its projector", "dense one"],
@@ -173,10 +217,13 @@ def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.tex").is_file()
 
 
-def test_stock_moe_is_refused_on_the_way_in(tmp_path: Path) -> None:
-    export_checkpoint(written(tmp_path, moe=tiny_moe(layers=ALL)), tmp_path / "stock")
-    with pytest.raises(CheckpointError, match=r"its decoder \(mixtral\) is a mixture"):
-        import_checkpoint(tmp_path / "stock", tmp_path / "back", Options())
+def test_stock_experts_that_nobody_reads_are_refused_on_the_way_in(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    raw = json.loads((path / "config.json").read_text())
+    raw |= {"model_type": "llava", "text_config": {**raw["text_config"], "model_type": "phimoe"}}
+    (path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"its decoder \(phimoe\) is a mixture of experts .* mixtral, olmoe"):
+        import_checkpoint(path, tmp_path / "back", Options())
 
 
 def test_a_picture_matters() -> None:
