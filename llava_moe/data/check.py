@@ -59,10 +59,11 @@ def read_sources(sources: Sequence[Source]) -> tuple[list[Sample], list[str]]:
             except DataError as error:
                 problems.append(str(error))
                 continue
-            missing = [path for path in sample.images if not exists.setdefault(path, path.is_file())]
+            missing = [path for path in sample.files if not exists.setdefault(path, path.is_file())]
             if missing:
+                kind = "image" if sample.video is None else "video"
                 problems.append(
-                    f"{json_path}: record {sample.id!r}: image {missing[0]} does not exist; check the image folder"
+                    f"{json_path}: record {sample.id!r}: {kind} {missing[0]} does not exist; check the image folder"
                 )
             else:
                 samples.append(sample)
@@ -70,7 +71,7 @@ def read_sources(sources: Sequence[Source]) -> tuple[list[Sample], list[str]]:
 
 
 def check_sources(sources: Sequence[Source], *, num_workers: int = 8) -> CheckReport:
-    """Checks every record and decodes every image once.
+    """Checks every record and decodes every image once, frames that are files included; video files are only found.
 
     Args:
         sources: data files with their image folders.
@@ -82,7 +83,7 @@ def check_sources(sources: Sequence[Source], *, num_workers: int = 8) -> CheckRe
     samples, problems = read_sources(sources)
     first_user: dict[Path, Sample] = {}
     for sample in samples:
-        for path in sample.images:
+        for path in sample.files if sample.video is None or isinstance(sample.video, tuple) else ():
             first_user.setdefault(path, sample)
 
     def decode(item: tuple[Path, Sample]) -> str | None:

@@ -10,7 +10,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from llava_moe.data.conversation import IGNORE_INDEX
+from llava_moe.data.processing import LlavaMoeProcessor
 from llava_moe.data.schema import DataError
+from llava_moe.data.visuals import join_visuals
+
+_TILED_KEYS = ("image_sizes", "num_tiles", "is_video", "image_tokens")
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,10 @@ class Collator:
     Args:
         pad_token_id: of the tokenizer.
         image_token_id: the placeholder.
-        num_image_tokens: placeholders for each image.
-        image_shape: (3, H, W) of processed images; or
+        num_image_tokens: placeholders for each image; unused with tiles, where every sample says its own.
+        image_shape: (3, H, W) of processed images or tiles; or
         feature_shape: (N, C) of stored tower features.
+        is_tiled: the samples are those of a model with tiles.
     """
 
     pad_token_id: int
@@ -33,24 +38,38 @@ class Collator:
     num_image_tokens: int
     image_shape: tuple[int, int, int] | None = None
     feature_shape: tuple[int, int] | None = None
+    is_tiled: bool = False
 
     def __post_init__(self) -> None:
         if (self.image_shape is None) == (self.feature_shape is None):
             raise DataError("a Collator needs either image_shape or feature_shape, not both")
+        if self.is_tiled and self.image_shape is None:
+            raise DataError("stored features are those of whole images; a model with tiles needs image_shape")
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    @staticmethod
+    def of(processor: LlavaMoeProcessor, feature_shape: tuple[int, int] | None = None) -> Collator:
+        """The collator that goes with a processor, for pixels or for stored features."""
+        return Collator(
+            pad_token_id=processor.pad_token_id,
+            image_token_id=processor.image_token_id,
+            num_image_tokens=processor.num_image_tokens,
+            image_shape=processor.image_shape if feature_shape is None else None,
+            feature_shape=feature_shape,
+            is_tiled=processor.tiling is not None,
+        )
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collates items of `ConversationDataset`.
 
         Returns:
-            input_ids, attention_mask, labels (B, S), and pixel_values (n, 3, H, W) or vision_features (n, N, C);
-            n is at least 1.
+            input_ids, attention_mask, labels (B, S), and pixel_values (n, 3, H, W) or vision_features (n, N, C); n is
+            at least 1. With tiles also what `llava_moe.data.visuals` lists, as Python numbers.
 
         Raises:
             DataError: a sample's placeholders do not match its images; names the sample.
         """
-        key, shape = self._vision
-        images = [self._checked_images(sample, key, shape) for sample in samples]
-        joined = torch.cat(images)
+        for sample in samples:
+            self._check(sample)
         ids = [sample["input_ids"] for sample in samples]
         # from the lengths, not from the padding id: some tokenizers pad with a token that also occurs in text
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0)
@@ -60,8 +79,22 @@ class Collator:
             "labels": pad_sequence(
                 [sample["labels"] for sample in samples], batch_first=True, padding_value=IGNORE_INDEX
             ),
-            key: joined if len(joined) else torch.zeros(1, *shape),
+            **(self._joined(samples) or self._dummy(len(samples))),
         }
+
+    def _joined(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if self.feature_shape is None:
+            return join_visuals(samples)
+        stored = [sample["vision_features"] for sample in samples if sample.get("vision_features") is not None]
+        return {"vision_features": torch.cat(stored)} if stored else {}
+
+    def _dummy(self, num_samples: int) -> dict[str, Any]:
+        key, shape = self._vision
+        dummy: dict[str, Any] = {key: torch.zeros(1, *shape)}
+        if self.is_tiled:
+            size = (shape[1], shape[2])
+            dummy |= {"image_sizes": [size], "num_tiles": [1], "batch_num_images": [0] * num_samples}
+        return dummy
 
     @property
     def _vision(self) -> tuple[str, tuple[int, ...]]:
@@ -70,7 +103,8 @@ class Collator:
         assert self.feature_shape is not None
         return "vision_features", self.feature_shape
 
-    def _checked_images(self, sample: dict[str, Any], key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _check(self, sample: dict[str, Any]) -> None:
+        key, shape = self._vision
         images = sample.get(key)
         images = torch.zeros(0, *shape) if images is None else images
         where = f"sample {sample['sample_id']!r}"
@@ -81,9 +115,23 @@ class Collator:
         if len(sample["input_ids"]) != len(sample["labels"]):
             raise DataError(f"{where}: {len(sample['input_ids'])} ids but {len(sample['labels'])} labels")
         found = int((sample["input_ids"] == self.image_token_id).sum())
-        if found != len(images) * self.num_image_tokens:
+        if self.is_tiled:
+            self._check_tiles(sample, len(images), found, where)
+        elif found != len(images) * self.num_image_tokens:
             raise DataError(
                 f"{where}: {found} image placeholders for {len(images)} image(s) of {self.num_image_tokens} tokens in "
                 f"{key!r}; was it made by this model's processor and not cut by max_length?"
             )
-        return images
+
+    def _check_tiles(self, sample: dict[str, Any], num_pictures: int, found: int, where: str) -> None:
+        absent = [key for key in _TILED_KEYS if num_pictures and key not in sample]
+        if absent:
+            raise DataError(f"{where}: has no {absent[0]!r}; was it made by the processor of a model with tiles?")
+        tiles, tokens = sample.get("num_tiles", []), sample.get("image_tokens", [])
+        if sum(tiles) != num_pictures or len({len(sample.get(key, [])) for key in _TILED_KEYS}) != 1:
+            raise DataError(f"{where}: {num_pictures} pictures, but its images have {tiles} tiles")
+        if found != sum(tokens):
+            raise DataError(
+                f"{where}: {found} image placeholders, but its images become {tokens} tokens; was it made by this "
+                "model's processor and not cut by max_length?"
+            )

@@ -23,6 +23,9 @@ from llava_moe.registry import near_misses
 
 IGNORE_INDEX = -100
 
+ImageTokens = int | Sequence[int]
+"""Placeholders for every image marker: one number for all of them, or one for each in their order."""
+
 _ANCHORS = ("\n", ":", "x")
 
 
@@ -178,8 +181,8 @@ class SegmentTokenizer:
         bos = tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and with_defaults[:1] == [bos] and alone[:1] != [bos] else []
 
-    def encode(self, segments: Sequence[Segment], num_image_tokens: int) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a rendered conversation; an image marker becomes `num_image_tokens` placeholders.
+    def encode(self, segments: Sequence[Segment], image_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a rendered conversation; image marker i becomes `image_tokens[i]` placeholders.
 
         Labels are the ids of target segments and -100 elsewhere. The beginning-of-text token is put in front once if
         the tokenizer does so by default and the template has not written it.
@@ -189,6 +192,7 @@ class SegmentTokenizer:
         """
         ids: list[int] = []
         labels: list[int] = []
+        counts = iter(image_tokens)
 
         def append(new_ids: list[int], is_target: bool) -> None:
             ids.extend(new_ids)
@@ -197,7 +201,7 @@ class SegmentTokenizer:
         for segment in segments:
             for index, text in enumerate(segment.text.split(IMAGE_MARKER)):
                 if index > 0:
-                    append([self.image_token_id] * num_image_tokens, False)
+                    append([self.image_token_id] * next(counts), False)
                 if text:
                     append(self._encode_piece(text, ids, verbatim=segment.is_verbatim), segment.is_target)
         if self._bos and ids[:1] != self._bos:
@@ -249,6 +253,13 @@ class SegmentTokenizer:
         )
 
 
+def _for_each(image_tokens: ImageTokens, num_images: int) -> Sequence[int]:
+    counts = [image_tokens] * num_images if isinstance(image_tokens, int) else image_tokens
+    if len(counts) != num_images:
+        raise TemplateError(f"{len(counts)} numbers of placeholders for {num_images} image(s); give one for each")
+    return counts
+
+
 class TextEncoder:
     """A template and a tokenizer together: turns in, ids and labels out.
 
@@ -270,7 +281,7 @@ class TextEncoder:
             self._learned_ids.add(token_id)
 
     def encode(
-        self, turns: Sequence[Turn], num_images: int, num_image_tokens: int, *, mode: Literal["train", "generate"]
+        self, turns: Sequence[Turn], num_images: int, image_tokens: ImageTokens, *, mode: Literal["train", "generate"]
     ) -> tuple[list[int], list[int]]:
         """Ids and labels, both of length S; in mode "generate" the ids end with the header of the answer.
 
@@ -278,26 +289,27 @@ class TextEncoder:
             TemplateError: the number of markers in the rendered text differs from `num_images`, or see `render`.
         """
         rendered = self._render(turns, num_images, add_generation_prompt=mode == "generate")
-        ids, labels = self.segments.encode(rendered, num_image_tokens)
+        ids, labels = self.segments.encode(rendered, _for_each(image_tokens, num_images))
         if self._learned_ids:
             labels = [token if token in self._learned_ids else label for token, label in zip(ids, labels, strict=True)]
         return ids, labels
 
-    def answer_start(self, turns: Sequence[Turn], num_image_tokens: int) -> int:
+    def answer_start(self, turns: Sequence[Turn], image_tokens: ImageTokens) -> int:
         """Where the first answer of a training sequence begins: the length of the prompt that asks for it."""
         first = next((index for index, turn in enumerate(turns) if turn.role == "assistant"), len(turns))
         asked = turns[:first]
         num_images = sum(turn.text.count(IMAGE_MARKER) for turn in asked)
-        return len(self.encode(asked, num_images, num_image_tokens, mode="generate")[0])
+        counts = image_tokens if isinstance(image_tokens, int) else image_tokens[:num_images]
+        return len(self.encode(asked, num_images, counts, mode="generate")[0])
 
-    def max_length(self, turns: Sequence[Turn], num_images: int, num_image_tokens: int) -> int:
+    def max_length(self, turns: Sequence[Turn], num_images: int, image_tokens: ImageTokens) -> int:
         """An upper bound for the length of a training sequence: no tokenizer makes more tokens than UTF-8 bytes.
 
         Two are added for each segment and image, for the spaces that sentencepiece tokenizers put in front of pieces.
         """
         rendered = self._render(turns, num_images, add_generation_prompt=False)
         num_bytes = sum(len(segment.text.encode("utf-8", "surrogatepass")) for segment in rendered)
-        return 1 + num_bytes + 2 * (len(rendered) + num_images) + num_images * num_image_tokens
+        return 1 + num_bytes + 2 * (len(rendered) + num_images) + sum(_for_each(image_tokens, num_images))
 
     def _render(self, turns: Sequence[Turn], num_images: int, *, add_generation_prompt: bool) -> list[Segment]:
         rendered = self.template.render(turns, add_generation_prompt=add_generation_prompt)

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch.utils.data import Dataset
 
 from llava_moe.data.check import Source, raise_problems, read_sources
 from llava_moe.data.feature_store import FeatureStore, image_key
 from llava_moe.data.image import load_image
+from llava_moe.data.image_tiles import read_size
+from llava_moe.data.image_video import load_frames, num_shown
 from llava_moe.data.processing import LlavaMoeProcessor
 from llava_moe.data.schema import DataError, Sample
+from llava_moe.data.visuals import Shape, Visual, shape_of
 
 Overlong = Literal["error", "skip", "truncate"]
 
@@ -23,7 +25,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     The constructor parses every record, looks for every image file and renders every conversation; only samples that
     might be longer than `max_length` are tokenised there (a token has at least one byte, so most are known not to be).
-    Images are decoded in `__getitem__`.
+    Images are decoded in `__getitem__`; where they are cut into tiles, the constructor reads the size of each.
 
     Args:
         sources: (data file, image folder) pairs.
@@ -76,12 +78,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def _admit(self, sample: Sample, overlong: Overlong) -> int | None:
         """The length of a sample, None if it is left out."""
+        shapes = self._shapes(sample)
         try:
-            bound = self.processor.max_encoded_length(sample.turns, len(sample.images))
+            counts = self.processor.image_tokens(shapes)
+            bound = self.processor.max_encoded_length(sample.turns, sample.num_visuals, counts)
             if bound <= self.max_length:
-                num_placeholders = len(sample.images) * self.processor.num_image_tokens
-                return num_placeholders + max(1, (bound - num_placeholders) // 4)
-            encoded = self.processor.encode_text(sample.turns, len(sample.images))
+                return sum(counts) + max(1, (bound - sum(counts)) // 4)
+            encoded = self.processor.encode_text(sample.turns, sample.num_visuals, counts)
         except DataError as error:
             raise DataError(f"{sample.source}: record {sample.id!r}: {error}") from error
         length = len(encoded["input_ids"])
@@ -94,18 +97,40 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             )
         beyond = encoded["input_ids"][self.max_length :]
         cuts_image = bool((beyond == self.processor.image_token_id).any())
-        nothing_left = self.processor.answer_start(sample.turns) >= self.max_length
+        nothing_left = self.processor.answer_start(sample.turns, counts) >= self.max_length
         if overlong == "skip" or cuts_image or nothing_left:
             self._report["skipped_overlong"] += 1
             return None
         self._report["truncated"] += 1
         return self.max_length
 
+    def _shapes(self, sample: Sample) -> list[Shape]:
+        """What decides the tokens of the visuals; a video file is taken to have as many frames as are shown at most."""
+        if sample.video is not None:
+            return [num_shown(sample.video, self.processor.num_frames)]
+        if self.processor.tiling is None:
+            return [(1, 1)] * len(sample.images)  # whatever its size, an image has one number of tokens
+        return [read_size(path, sample.id) for path in sample.images]
+
+    def _visuals(self, sample: Sample) -> list[Visual]:
+        if sample.video is not None:
+            return [load_frames(sample.video, self.processor.num_frames, sample.id)]
+        return [load_image(path, sample.id) for path in sample.images]
+
     def _feature_keys(self, problems: list[str]) -> dict[Path, str]:
         if self.feature_store is None:
             return {}
+        if self.processor.tiling is not None:
+            problems.append(
+                "features of whole images are stored, and this model is shown tiles; leave feature_cache out"
+            )
         keys: dict[Path, str] = {}
         for sample in self.samples:
+            if sample.video is not None:
+                problems.append(
+                    f"{sample.source}: record {sample.id!r}: is a video, and only features of images are stored; leave "
+                    "feature_cache out"
+                )
             for path in sample.images:
                 if path in keys:
                     continue
@@ -125,15 +150,21 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample: input_ids (S,), labels (S,), pixel_values (n, 3, H, W) or vision_features (n, N, C), sample_id.
+        """One sample: input_ids (S,), labels (S,), sample_id; of its images and videos what the processor gives.
+
+        That is pixel_values (n, 3, H, W) and with tiles what belongs to it, or vision_features (n, N, C) of the store.
 
         Raises:
             DataError: an image cannot be decoded; names the record and the file.
         """
         sample = self.samples[index]
         item: dict[str, Any] = {"sample_id": sample.id}
+        visuals = [] if self.feature_store is not None else self._visuals(sample)
+        shapes = [shape_of(visual) for visual in visuals] or self._shapes(sample)
         try:
-            encoded: dict[str, torch.Tensor] = self.processor.encode_text(sample.turns, len(sample.images))
+            counts = self.processor.image_tokens(shapes)
+            encoded = self.processor.encode_text(sample.turns, sample.num_visuals, counts)
+            item |= self.processor.encode_visuals(visuals)
         except DataError as error:
             raise DataError(f"{sample.source}: record {sample.id!r}: {error}") from error
         if len(encoded["input_ids"]) > self.max_length and self.overlong != "truncate":
@@ -146,6 +177,4 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         item["labels"] = encoded["labels"][: self.max_length]
         if sample.images and self.feature_store is not None:
             item["vision_features"] = self.feature_store.get([self._keys[path] for path in sample.images])
-        elif sample.images:
-            item["pixel_values"] = self.processor.encode_images([load_image(path, sample.id) for path in sample.images])
         return item

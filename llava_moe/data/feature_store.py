@@ -27,7 +27,7 @@ _INDEX = "index.json"
 
 def image_key(path: Path) -> str:
     """SHA-1 of the file's content."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha1").hexdigest()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from llava_moe.data.schema import DataError
 from llava_moe.registry import Registry
@@ -14,6 +16,31 @@ ImageMode = Callable[[Image.Image, Sequence[float]], Image.Image]
 """(RGB image, the image processor's mean in [0, 1]) -> the image the processor gets."""
 
 IMAGE_MODES: Registry[ImageMode] = Registry("image mode")
+
+_DECODING = threading.Lock()
+_decoders = 0
+_kept_flag = False
+
+
+@contextmanager
+def truncation_is_an_error() -> Iterator[None]:
+    """Within it PIL refuses truncated files, also where another library of the process has told it to accept them.
+
+    lmms-eval does so when it is imported; a grey half of a picture would be trained on without a word. The flag is
+    PIL's own and of the whole process: several threads may be inside, and the last one to leave restores it.
+    """
+    global _decoders, _kept_flag
+    with _DECODING:
+        if _decoders == 0:
+            _kept_flag, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        _decoders += 1
+    try:
+        yield
+    finally:
+        with _DECODING:
+            _decoders -= 1
+            if _decoders == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _kept_flag
 
 
 def load_image(path: Path, sample_id: str) -> Image.Image:
@@ -26,7 +53,7 @@ def load_image(path: Path, sample_id: str) -> Image.Image:
         DataError: the file is missing, truncated or no image.
     """
     try:
-        with Image.open(path) as image:
+        with truncation_is_an_error(), path.open("rb") as file, Image.open(file) as image:
             # convert decodes all pixels, so a truncated file fails here and not in the middle of a batch
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:

@@ -70,7 +70,7 @@ def read_size(path: Path, sample_id: str) -> Size:
         DataError: the file is missing or no image.
     """
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION_TAG) in _TURNED
     except FileNotFoundError:

@@ -31,6 +31,11 @@ def frame_indices(total: int, wanted: int) -> list[int]:
     return [index * (total - 1) // (wanted - 1) for index in range(wanted)]
 
 
+def num_shown(source: Path | Sequence[Path], num_frames: int) -> int:
+    """How many frames `load_frames` gives; of a video file, which is not opened, as many as it can be at most."""
+    return num_frames if isinstance(source, Path) else min(len(source), num_frames)
+
+
 def load_frames(source: Path | Sequence[Path], num_frames: int, sample_id: str) -> list[Image.Image]:
     """At most `num_frames` RGB frames in their order.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,29 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.llava.processing_llava import LlavaProcessor
 
-from llava_moe.data.conversation import SegmentTokenizer, TextEncoder
+from llava_moe.data.conversation import ImageTokens, SegmentTokenizer, TextEncoder
 from llava_moe.data.image import IMAGE_MODES
-from llava_moe.data.schema import DataError, Turn
+from llava_moe.data.processor_parts import (
+    build_tiling,
+    check_directory,
+    check_mode,
+    check_parts,
+    plain_image_processor,
+    stock_settings,
+)
+from llava_moe.data.schema import IMAGE_MARKER, DataError, Turn
 from llava_moe.data.templates import TEMPLATES
+from llava_moe.data.visuals import (
+    Shape,
+    TilePlanner,
+    Visual,
+    frames_of,
+    join_visuals,
+    plan_entries,
+    shape_of,
+)
 
+DEFAULT_NUM_FRAMES = 8
 _Nested = TypeVar("_Nested")
 
 
@@ -30,7 +49,9 @@ class LlavaMoeProcessor(LlavaProcessor):
     Args:
         template: a name in `TEMPLATES`.
         template_options: options of that template, see its `Config`.
-        image_mode: a name in `IMAGE_MODES`.
+        image_mode: a name in `IMAGE_MODES`; for a model with tiles also "anyres" or "anyres_max_N".
+        tiling: grids and merge of a model with tiles, see `llava_moe.data.tiled_processor`; None for other models.
+        num_frames: so many frames of a video are shown at most.
         (the others as in `LlavaProcessor`)
 
     Raises:
@@ -49,9 +70,11 @@ class LlavaMoeProcessor(LlavaProcessor):
         template: str = "chat_template",
         image_mode: str = "square",
         template_options: Mapping[str, Any] | None = None,
+        tiling: Mapping[str, Any] | None = None,
+        num_frames: int = DEFAULT_NUM_FRAMES,
         **kwargs: Any,
     ) -> None:
-        _check_parts(image_processor, tokenizer, patch_size, vision_feature_select_strategy, image_token)
+        check_parts(image_processor, tokenizer, patch_size, vision_feature_select_strategy, image_token)
         if chat_template is not None:
             # a processor's chat template knows images; the language model's own, where both exist, does not
             tokenizer.chat_template = chat_template
@@ -65,31 +88,41 @@ class LlavaMoeProcessor(LlavaProcessor):
             num_additional_image_tokens=num_additional_image_tokens,
             **kwargs,
         )
-        IMAGE_MODES.get(image_mode)
+        check_mode(image_mode, tiling, num_frames)
         self.template = template
         self.template_options = dict(template_options or {})
         self.image_mode = image_mode
+        self.tiling = None if tiling is None else dict(tiling)
+        self.num_frames = num_frames
         self._built: tuple[tuple[str, dict[str, Any]], TextEncoder] | None = None
         self._image_shape: tuple[int, int, int] | None = None
+        self._planner: TilePlanner | None = None
         self.text_encoder  # noqa: B018  a template that does not fit the tokenizer is refused now, not at the first sample
+        self.planner  # noqa: B018  likewise grids that do not fit the tiles
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> LlavaMoeProcessor:
-        """As in transformers, with the PIL image processor.
+        """As in transformers, with the PIL image processor; a stock LLaVA-NeXT or LLaVA-OneVision one becomes ours.
 
-        `template=`, `template_options=` and `image_mode=` override what was saved. Another template does not inherit
-        the options of the saved one.
+        `template=`, `template_options=`, `image_mode=`, `tiling=` and `num_frames=` override what was saved. Another
+        template does not inherit the options of the saved one; keys of `tiling` replace the saved ones.
         """
-        names = ("template", "template_options", "image_mode")
+        names = ("template", "template_options", "image_mode", "num_frames")
         own: dict[str, Any] = {key: kwargs.pop(key) for key in names if key in kwargs}
-        processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        if "template" in own and own["template"] != processor_dict.get("template"):
+        tiling = kwargs.pop("tiling", None)
+        saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "template" in own and own["template"] != saved.get("template"):
             own.setdefault("template_options", {})
         image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs)
+        saved = {**saved, **stock_settings(Path(pretrained_model_name_or_path), saved, image_processor)}
+        if tiling is not None:
+            if saved.get("tiling") is None:
+                raise DataError("tiling is given, but this checkpoint's model has no tiles; assemble one that has")
+            own["tiling"] = {**saved["tiling"], **tiling}
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls.from_args_and_dict([image_processor, tokenizer], {**processor_dict, **own})
+        return cls.from_args_and_dict([plain_image_processor(image_processor), tokenizer], {**saved, **own})
 
     def to_dict(self) -> dict[str, Any]:
         """The content of processor_config.json; the stock method would deep-copy the tokenizer inside the encoder."""
@@ -110,6 +143,16 @@ class LlavaMoeProcessor(LlavaProcessor):
         return self._built[1]
 
     @property
+    def planner(self) -> TilePlanner | None:
+        """How images are cut; None for a model without tiles."""
+        if self.tiling is None:
+            return None
+        if self._planner is None:
+            tiling = build_tiling(self.tiling, self.image_mode, self.image_shape[1], self.num_image_tokens)
+            self._planner = TilePlanner(self.image_mode, tiling)
+        return self._planner
+
+    @property
     def stop_token_ids(self) -> list[int]:
         """The ids that end an answer."""
         return self.text_encoder.stop_token_ids
@@ -121,7 +164,7 @@ class LlavaMoeProcessor(LlavaProcessor):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(3, H, W) of a processed image; the same for every image."""
+        """(3, H, W) of a processed image; the same for every image, and for every tile."""
         if self._image_shape is None:
             # two shapes, so that a processor that keeps the aspect ratio is found out
             probes = [Image.new("RGB", size) for size in ((48, 32), (32, 48))]
@@ -140,58 +183,128 @@ class LlavaMoeProcessor(LlavaProcessor):
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders for each image: patches + additional tokens, less the class token under strategy "default"."""
+        """Placeholders for each image, or tokens of each tile: patches + additional tokens, less the class token.
+
+        The class token is taken off under strategy "default".
+        """
         _, height, width = self.image_shape
         num_tokens = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
         return num_tokens - 1 if self.vision_feature_select_strategy == "default" else num_tokens
 
-    def encode_text(self, turns: Sequence[Turn], num_images: int) -> dict[str, torch.Tensor]:
+    def image_tokens(self, shapes: Sequence[Shape]) -> list[int]:
+        """Placeholders for each visual of a sample, from (height, width) of images and numbers of frames of videos."""
+        if self.planner is not None:
+            return [plan.num_tokens for plan in self.planner.plan(shapes)]
+        return [self.num_image_tokens * (shape if isinstance(shape, int) else 1) for shape in shapes]
+
+    def encode_text(
+        self, turns: Sequence[Turn], num_images: int, image_tokens: ImageTokens | None = None
+    ) -> dict[str, torch.Tensor]:
         """A training sequence without its pixels.
 
+        Args:
+            turns: with one marker for each visual.
+            num_images: how many visuals there are.
+            image_tokens: of `image_tokens`; not needed where all images have `num_image_tokens`.
+
         Returns:
-            input_ids (S,) with `num_image_tokens` placeholders for each image, labels (S,) with -100 off the answers.
-            The length is not limited; that is the data set's policy.
+            input_ids (S,) with the placeholders, labels (S,) with -100 off the answers. The length is not limited; that
+            is the data set's policy.
         """
-        ids, labels = self.text_encoder.encode(turns, num_images, self.num_image_tokens, mode="train")
+        counts = self._counts(num_images, image_tokens)
+        ids, labels = self.text_encoder.encode(turns, num_images, counts, mode="train")
         return {"input_ids": torch.tensor(ids, dtype=torch.long), "labels": torch.tensor(labels, dtype=torch.long)}
 
-    def max_encoded_length(self, turns: Sequence[Turn], num_images: int) -> int:
+    def max_encoded_length(
+        self, turns: Sequence[Turn], num_images: int, image_tokens: ImageTokens | None = None
+    ) -> int:
         """An upper bound for the length of `encode_text`, without tokenising; checks the template on the way."""
-        return self.text_encoder.max_length(turns, num_images, self.num_image_tokens)
+        return self.text_encoder.max_length(turns, num_images, self._counts(num_images, image_tokens))
 
-    def answer_start(self, turns: Sequence[Turn]) -> int:
+    def answer_start(self, turns: Sequence[Turn], image_tokens: ImageTokens | None = None) -> int:
         """Where the first answer begins in the ids of `encode_text`; shorter cuts leave nothing to learn."""
-        return self.text_encoder.answer_start(turns, self.num_image_tokens)
+        num_images = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
+        return self.text_encoder.answer_start(turns, self._counts(num_images, image_tokens))
+
+    def _counts(self, num_images: int, image_tokens: ImageTokens | None) -> ImageTokens:
+        if image_tokens is not None:
+            return image_tokens
+        if self.tiling is not None and num_images:
+            raise DataError("images are cut into tiles and differ in their tokens; give the numbers of image_tokens()")
+        return self.num_image_tokens
 
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """RGB images through the image mode and the image processor: (n, 3, H, W) float32."""
-        pixel_values = self.image_processor(self._shaped(list(images)), return_tensors="pt")["pixel_values"]
-        if tuple(pixel_values.shape) != (len(images), *self.image_shape):
+        """RGB images through the image mode and the image processor: (n, 3, H, W) float32; for models without tiles."""
+        if self.tiling is not None:
+            raise DataError("images are cut into tiles; use encode_visuals()")
+        return self._pixels(self._shaped(list(images)))
+
+    def encode_visuals(self, visuals: Sequence[Visual]) -> dict[str, Any]:
+        """What the model gets to see of a sample's images and videos; see `llava_moe.data.visuals`.
+
+        Returns:
+            pixel_values (n, 3, H, W) float32, and beside it for a model with tiles image_sizes, num_tiles, is_video and
+            image_tokens, one entry for each visual. Empty without visuals.
+
+        Raises:
+            DataError: a video has no frame, or this checkpoint takes no videos.
+        """
+        if not visuals:
+            return {}
+        if self.planner is None:
+            return {"pixel_values": self.encode_images([frame for visual in visuals for frame in frames_of(visual)])}
+        return self._cut(visuals, self.planner)
+
+    def _cut(self, visuals: Sequence[Visual], planner: TilePlanner) -> dict[str, Any]:
+        pictures, plans = planner.cut(visuals, self.image_processor.image_mean)
+        return {"pixel_values": self._pixels(pictures), **plan_entries(visuals, plans)}
+
+    def _pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
+        pixel_values = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        if tuple(pixel_values.shape) != (len(pictures), *self.image_shape):
             raise DataError(
-                f"the image processor gave {tuple(pixel_values.shape)} for {len(images)} image(s), expected "
-                f"{(len(images), *self.image_shape)}; set its size (and crop_size) to a fixed square"
+                f"the image processor gave {tuple(pixel_values.shape)} for {len(pictures)} image(s), expected "
+                f"{(len(pictures), *self.image_shape)}; set its size (and crop_size) to a fixed square"
             )
         return pixel_values.to(torch.float32)
 
-    def encode_sample(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        """A training sequence: input_ids (S,), labels (S,), and pixel_values (n, 3, H, W) if there are images."""
-        encoded = self.encode_text(turns, len(images))
-        return {**encoded, "pixel_values": self.encode_images(images)} if images else encoded
+    def encode_sample(self, turns: Sequence[Turn], visuals: Sequence[Visual]) -> dict[str, Any]:
+        """A training sequence: input_ids (S,), labels (S,), and the entries of `encode_visuals`."""
+        counts = self.image_tokens([shape_of(visual) for visual in visuals])
+        return {**self.encode_text(turns, len(visuals), counts), **self.encode_visuals(visuals)}
 
-    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        """A prompt that ends with the header of the answer: input_ids (S,), and pixel_values (n, 3, H, W) if any.
+    def encode_prompt(self, turns: Sequence[Turn], visuals: Sequence[Visual]) -> dict[str, Any]:
+        """A prompt that ends with the header of the answer: input_ids (S,), and the entries of `encode_visuals`.
 
         Its ids are those of the training sequence up to the answer.
         """
-        ids, _ = self.text_encoder.encode(turns, len(images), self.num_image_tokens, mode="generate")
-        encoded = {"input_ids": torch.tensor(ids, dtype=torch.long)}
-        return {**encoded, "pixel_values": self.encode_images(images)} if images else encoded
+        counts = self.image_tokens([shape_of(visual) for visual in visuals])
+        ids, _ = self.text_encoder.encode(turns, len(visuals), counts, mode="generate")
+        return {"input_ids": torch.tensor(ids, dtype=torch.long), **self.encode_visuals(visuals)}
 
-    def pad_prompts(self, prompts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def encode_raw(self, text: str, image: Image.Image) -> dict[str, Any]:
+        """Plain text without a template behind an image that is one tile, for programs that only want real tokens.
+
+        Returns:
+            The batch of `pad_prompts`, with one row.
+
+        Raises:
+            DataError: this is the processor of a model without tiles; call it as a function instead.
+        """
+        if self.planner is None:
+            raise DataError("this checkpoint's model has no tiles; call its processor as a function")
+        shown = self._cut([image], dataclasses.replace(self.planner, image_mode="square"))
+        count = shown["image_tokens"][0]
+        ids = self.tokenizer(f"{self.image_token}\n{text}")["input_ids"]
+        expanded = [id for token in ids for id in [token] * (count if token == self.image_token_id else 1)]
+        return self.pad_prompts([{"input_ids": torch.tensor(expanded), **shown}])
+
+    def pad_prompts(self, prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Batches results of `encode_prompt` for generation.
 
         Returns:
-            input_ids and attention_mask (B, S), padded on the left, and pixel_values (sum of n, 3, H, W) if any.
+            input_ids and attention_mask (B, S), padded on the left, and the visuals of all prompts if there are any;
+            see `llava_moe.data.visuals.join_visuals`.
         """
         if not prompts:
             raise DataError("pad_prompts was given no prompts")
@@ -203,9 +316,7 @@ class LlavaMoeProcessor(LlavaProcessor):
             start = length - len(prompt["input_ids"])
             input_ids[row, start:] = prompt["input_ids"]
             attention_mask[row, start:] = 1
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        pixels = [prompt["pixel_values"] for prompt in prompts if "pixel_values" in prompt]
-        return {**batch, "pixel_values": torch.cat(pixels)} if pixels else batch
+        return {"input_ids": input_ids, "attention_mask": attention_mask, **join_visuals(prompts)}
 
     @property
     def pad_token_id(self) -> int:
@@ -219,7 +330,16 @@ class LlavaMoeProcessor(LlavaProcessor):
     def prepare_inputs_layout(  # type: ignore[override]
         self, images: Any = None, **kwargs: Any
     ) -> tuple[Any, Any, Any, Any]:
-        """Hook of the stock `__call__`: images go through the image mode there too."""
+        """Hook of the stock `__call__`: images go through the image mode there too.
+
+        Raises:
+            DataError: the model has tiles, whose numbers the stock call does not know.
+        """
+        if images is not None and self.tiling is not None:
+            raise DataError(
+                "calling this processor as a function gives every image one number of tokens, but images are cut into "
+                "tiles here; use encode_prompt and pad_prompts, or encode_sample"
+            )
         images, text, videos, audio = super().prepare_inputs_layout(images=images, **kwargs)
         return self._shaped(images), text, videos, audio
 
@@ -233,30 +353,14 @@ class LlavaMoeProcessor(LlavaProcessor):
         return IMAGE_MODES.get(self.image_mode)(images.convert("RGB"), self.image_processor.image_mean)  # type: ignore
 
 
-def _check_parts(image_processor: Any, tokenizer: Any, patch_size: Any, strategy: Any, image_token: str) -> None:
-    if image_processor is None or tokenizer is None:
-        raise DataError("a LlavaMoeProcessor needs an image_processor and a tokenizer")
-    if getattr(image_processor, "backend", "pil") != "pil":
-        raise DataError(
-            f"{type(image_processor).__name__} uses the {image_processor.backend} backend; use its PIL twin "
-            "(AutoImageProcessor.from_pretrained(..., backend='pil')), which gives the same pixels on every machine"
-        )
-    if not isinstance(patch_size, int) or strategy not in ("default", "full"):
-        raise DataError(
-            f"patch_size is {patch_size!r} and vision_feature_select_strategy {strategy!r}; set both in "
-            "processor_config.json to the vision tower's patch size and to 'default' or 'full' as in config.json"
-        )
-    token = getattr(tokenizer, "image_token", None) or image_token
-    if len(tokenizer.encode(token, add_special_tokens=False)) != 1 or token not in tokenizer.get_vocab():
-        raise DataError(f"the tokenizer has no image token {token!r}; add it with add_special_tokens before assembling")
-
-
 def load_processor(
     path: str | Path,
     *,
     template: str | None = None,
     image_mode: str | None = None,
     template_options: Mapping[str, Any] | None = None,
+    tiling: Mapping[str, Any] | None = None,
+    num_frames: int | None = None,
 ) -> LlavaMoeProcessor:
     """Loads the processor of a checkpoint directory: one of ours, or a stock llava-hf one.
 
@@ -267,23 +371,21 @@ def load_processor(
         template: replaces the saved template.
         image_mode: replaces the saved image mode.
         template_options: replace the saved options of the template.
+        tiling: its keys replace those saved, see `llava_moe.data.processor_parts`.
+        num_frames: replaces the saved number.
 
     Raises:
         DataError: the directory or a file in it is missing, or the parts do not fit each other.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise DataError(f"{path} is not a directory; give a checkpoint directory with a processor and a tokenizer")
-    if not any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        raise DataError(
-            f"{path} holds no processor_config.json or preprocessor_config.json; give a vision-language checkpoint, "
-            "not a language model or a training output without processor"
-        )
-    if not any((path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
-        raise DataError(
-            f"{path} holds no tokenizer (tokenizer_config.json); copy the tokenizer files of its language model"
-        )
-    own = {"template": template, "image_mode": image_mode, "template_options": template_options}
+    check_directory(path)
+    own = {
+        "template": template,
+        "image_mode": image_mode,
+        "template_options": template_options,
+        "tiling": tiling,
+        "num_frames": num_frames,
+    }
     try:
         return LlavaMoeProcessor.from_pretrained(
             path, local_files_only=True, **{key: value for key, value in own.items() if value is not None}

@@ -32,3 +32,32 @@ def length_grouped_order(
     short = batches.pop() if batches and len(batches[-1]) < batch_size else []
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
     return [i for index in shuffled for i in batches[index]] + short
+
+
+def modality_grouped_order(
+    lengths: Sequence[int],
+    has_image: Sequence[bool],
+    batch_size: int,
+    generator: torch.Generator,
+    megabatch: int = 8,
+) -> list[int]:
+    """As `length_grouped_order`, and samples with and without images do not share a batch (LLaVA-1.5).
+
+    A batch of text alone does not wait for the vision tower's work on another rank. What is left of both kinds when
+    they have been cut into batches makes the last ones.
+
+    Args:
+        lengths, batch_size, generator, megabatch: as there.
+        has_image: for each sample.
+    """
+    batches: list[list[int]] = []
+    rest: list[int] = []
+    for kind in (True, False):
+        members = [index for index, found in enumerate(has_image) if bool(found) is kind]
+        own = [lengths[index] for index in members]
+        order = [members[place] for place in length_grouped_order(own, batch_size, generator, megabatch)]
+        whole = len(order) - len(order) % batch_size
+        batches += [order[start : start + batch_size] for start in range(0, whole, batch_size)]
+        rest += order[whole:]
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    return [index for place in shuffled for index in batches[place]] + rest

@@ -1,8 +1,9 @@
 """The one record format: LLaVA's JSON (or jsonl) conversations, checked strictly.
 
 A record is `{"id", "image": str | list[str] (absent: text only), "conversations": [{"from": "human"|"gpt", "value"}]}`.
-Turns written as `{"role": "user"|"assistant", "content"}` are read too, and the first may be a system message (`"from":
-"system"`), if the template has a place for one. Other keys are ignored. Records in the wild
+In the place of images it may have one `"video"`: a file, or the list of the files of its frames; its marker is
+`<video>` or `<image>`. Turns written as `{"role": "user"|"assistant", "content"}` are read too, and the first may be a
+system message (`"from": "system"`), if the template has a place for one. Other keys are ignored. Records in the wild
 break these rules silently (images without a marker, two user turns in a row) and are usually trained on all the same;
 here each one is refused with its id.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 IMAGE_MARKER = "<image>"
+VIDEO_MARKER = "<video>"
 
 Role = Literal["system", "user", "assistant"]
 _ROLES: dict[str, Role] = {
@@ -44,12 +46,28 @@ class Sample:
     """One checked record: image files in the order of their markers, and turns that end with an answer.
 
     The turns alternate, the user first; a system message may stand in front of them.
+
+    Attributes:
+        video: a file, or the files of the frames in order; there are no images then, and one image marker stands for
+            the whole video.
     """
 
     id: str
     images: tuple[Path, ...]
     turns: tuple[Turn, ...]
     source: str
+    video: Path | tuple[Path, ...] | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that the record names."""
+        frames = self.video if isinstance(self.video, tuple) else () if self.video is None else (self.video,)
+        return (*self.images, *frames)
+
+    @property
+    def num_visuals(self) -> int:
+        """Image markers in the turns."""
+        return len(self.images) + (self.video is not None)
 
 
 def load_records(path: Path) -> list[dict[str, Any]]:
@@ -110,15 +128,22 @@ def parse_record(record: dict[str, Any], image_folder: Path, source: str) -> Sam
             f"{source}: a record has id {sample_id!r}; give every record a string 'id' (keys: {sorted(record)})"
         )
     where = f"{source}: record {str(sample_id)!r}"
-    if "video" in record:
-        raise DataError(f"{where}: has a 'video', which is not supported; remove the record or convert it to images")
-    images = _image_paths(record.get("image"), Path(image_folder), where)
+    images = _paths(record.get("image"), "image", Path(image_folder), where)
+    frames = _paths(record.get("video"), "video", Path(image_folder), where)
+    if images and frames:
+        raise DataError(f"{where}: has both 'image' and 'video'; make two records of it")
+    if record.get("video") == []:
+        raise DataError(f"{where}: 'video' is an empty list; list the files of its frames, or leave it out")
+    video = frames[0] if isinstance(record.get("video"), str) else frames or None
     turns = parse_turns(record.get("conversations"), where)
+    if video is not None:
+        turns = tuple(_with_image_marker(turn) for turn in turns)
     if turns[-1].role != "assistant":
         raise DataError(
             f"{where}: the last turn is from the {turns[-1].role}; end the conversation with an answer (from: gpt)"
         )
-    return Sample(id=str(sample_id), images=images, turns=place_markers(turns, len(images), where), source=source)
+    placed = place_markers(turns, len(images) + (video is not None), where)
+    return Sample(id=str(sample_id), images=images, turns=placed, source=source, video=video)
 
 
 def parse_turns(conversations: Any, where: str) -> tuple[Turn, ...]:
@@ -184,16 +209,20 @@ def place_markers(turns: tuple[Turn, ...], num_images: int, where: str) -> tuple
     )
 
 
-def _image_paths(value: Any, image_folder: Path, where: str) -> tuple[Path, ...]:
+def _paths(value: Any, key: str, image_folder: Path, where: str) -> tuple[Path, ...]:
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"{where}: 'image' must be a file name or a list of file names, found {value!r}")
+        raise DataError(f"{where}: {key!r} must be a file name or a list of file names, found {value!r}")
     # Lexical on purpose: data folders are often assembled from symbolic links that resolve elsewhere.
     root = os.path.abspath(image_folder)
     paths = []
     for name in names:
         path = os.path.normpath(os.path.join(root, name))
         if not path.startswith(root.rstrip(os.sep) + os.sep):
-            raise DataError(f"{where}: image {name!r} leaves the image folder {image_folder}; use a path inside it")
+            raise DataError(f"{where}: {key} {name!r} leaves the image folder {image_folder}; use a path inside it")
         paths.append(Path(path))
     return tuple(paths)
+
+
+def _with_image_marker(turn: Turn) -> Turn:
+    return Turn(turn.role, turn.text.replace(VIDEO_MARKER, IMAGE_MARKER)) if turn.role == "user" else turn

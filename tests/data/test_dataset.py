@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import ImageFile
 from torch.utils.data import DataLoader
 
 from llava_moe.data.check import check_sources
@@ -79,6 +80,19 @@ def test_a_corrupt_image_is_named_when_it_is_read(tmp_path: Path):
     data = ConversationDataset([(path, images)], PROCESSOR, max_length=256)
     with pytest.raises(DataError, match=r"'sample-1'.*1\.png"):
         data[1]
+
+
+def test_a_truncated_image_is_an_error_whatever_other_libraries_tell_pil(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval does when it is imported
+    path, images = write_llava_json(tmp_path, 8)
+    for index in (1, 4):
+        file = images / f"{index}.png"
+        file.write_bytes(file.read_bytes()[:60])
+    report = check_sources([(path, images)], num_workers=4)
+    assert len(report.problems) == 2
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True, "the others keep what they chose"
 
 
 LONG_ANSWER = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red " * 60}]

@@ -225,7 +225,11 @@ def test_parts_that_do_not_fit_are_refused():
         LlavaMoeProcessor(image_processor, tiny_tokenizer(), 8, "full", image_token="<picture>")
     with pytest.raises(RegistryError, match="did you mean 'chatml'"):
         tiny_siglip_processor(template="chatlm")
-    with pytest.raises(RegistryError, match="unknown image mode 'anyres'"):
+    with pytest.raises(RegistryError, match="unknown image mode 'pda'; did you mean 'pad'"):
+        tiny_siglip_processor(image_mode="pda")
+    with pytest.raises(ValueError, match="write 'anyres' or 'anyres_max_N'"):
+        tiny_siglip_processor(image_mode="anyres_9")
+    with pytest.raises(DataError, match="image_mode 'anyres' needs a model with tiles"):
         tiny_siglip_processor(image_mode="anyres")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
