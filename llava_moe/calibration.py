@@ -36,17 +36,13 @@ def calibration_batches(section: CalibrationSection, parent: str | Path) -> list
         raise RecipeError(
             f"calibration.num_samples={section.num_samples}: {section.path} has {len(dataset)} usable records"
         )
-    collate = Collator(
-        pad_token_id=processor.pad_token_id,
-        image_token_id=processor.image_token_id,
-        num_image_tokens=processor.num_image_tokens,
-        image_shape=processor.image_shape,
-    )
+    collate = Collator.of(processor)
     batches = []
     for indices in _grouped([len(dataset[i]["input_ids"]) for i in range(section.num_samples)]):
         batch = collate([dataset[i] for i in indices])
         if not (batch["input_ids"] == processor.image_token_id).any():
-            del batch["pixel_values"]  # the collator's dummy picture, which only training needs
+            # the collator's dummy picture, which only training needs
+            batch = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "labels")}
         batches.append(batch)
     return batches
 

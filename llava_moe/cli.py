@@ -30,7 +30,9 @@ _OWN_PARSER = {
     "eval": ("score checkpoints with lmms-eval", "llava_moe.evaluation.run"),
     "chat": ("talk to a checkpoint in the terminal", "llava_moe.serve.cli"),
     "demo": ("talk to a checkpoint in the browser", "llava_moe.serve.gradio_app"),
+    "check-data": ("check records and images of a mixture, and write a clean index", "llava_moe.check_data"),
     "import": ("turn a checkpoint of another program into one of ours", "llava_moe.convert:Import"),
+    "card": ("put scores or a licence into a checkpoint's model card", "llava_moe.card"),
     "export": ("turn a checkpoint into one that transformers, vLLM and SGLang load", "llava_moe.convert:Export"),
 }
 

@@ -29,11 +29,13 @@ class ModelSection:
     """What is trained: a checkpoint of ours, or the parts of a first one."""
 
     checkpoint: str | None = None  # a directory; when null, the parts below are assembled into <output_dir>/initial
-    vision_tower: str | None = None  # directory or hub id of a SigLIP/CLIP model, or timm:<architecture>
-    vision_weights: str | None = None  # safetensors for a timm tower; null means random, which must be asked for
-    image_size: int | None = None  # only for timm towers; the others know theirs
+    family: str | None = None  # llava, llava_next, llava_onevision; null: the one that goes with data.image_mode
+    vision_tower: str | None = None  # a directory or hub id, timm:, open_clip:, fused: or s2:, see model/vision_load.py
+    vision_weights: str | None = None  # safetensors for timm: and open_clip:; null means random, to be asked for
+    image_size: int | None = None  # for timm:, SigLIP2 NaFlex and DINOv2; given for another it must be its own
     language_model: str | None = None  # directory or hub id of a causal LM
     projector: str = "mlp2x_gelu"
+    projector_args: dict[str, Any] | None = None  # options of the projector, e.g. {factor: 2}
     vision_feature_layer: int = -2
     vision_feature_select_strategy: str = "default"  # default drops the CLS token, full keeps everything
     random_weights: bool = False  # build tower (and LM) from their configs without weights: for smoke runs
@@ -52,10 +54,13 @@ class StageSection:
 
 @dataclass
 class SourceSection:
-    """One LLaVA JSON file with the folder its image paths are relative to."""
+    """One source of a mixture, usually a LLaVA JSON file; see data/mixture.py and data/sources."""
 
-    path: str = MISSING
-    image_folder: str = MISSING
+    path: str = MISSING  # *.json, *.jsonl, *.parquet, *.tar, a pattern of them, or a folder of Dataset.save_to_disk
+    image_folder: str | None = MISSING  # what image names are relative to; null where the images lie in the data
+    limit: str = "all"  # all, first:N, end:N, random:N (N a number or N%), N%
+    weight: float = 1.0  # how often its records come in an epoch
+    split: str | None = None  # of a saved data set that has several
 
 
 @dataclass
@@ -63,9 +68,16 @@ class DataSection:
     """Training data and how a record becomes tokens."""
 
     sources: list[SourceSection] = field(default_factory=list)
+    mixture: str | None = None  # a YAML file of sources in the place of `sources`
+    index: str | None = None  # what llava-moe check-data wrote, in the place of `sources`
+    on_problem: str = "refuse"  # a broken record or image: refuse to train, or skip it; skipped ones are counted
+    group_by_modality: bool = False  # with group_by_length: no step mixes samples with and without images
+    packing: bool = False  # several samples in a row of max_length tokens, which never see one another
     template: str | None = None  # null keeps the one saved with the checkpoint
     template_options: dict[str, Any] | None = None  # e.g. {llava_next_labels: true}; null keeps the saved ones
-    image_mode: str | None = None  # square, pad; null keeps the saved one
+    image_mode: str | None = None  # square, pad, anyres, anyres_max_N; null keeps the saved one
+    tiling: dict[str, Any] | None = None  # of anyres: grids, merge, ..., see data/processor_parts.py; null keeps them
+    num_frames: int | None = None  # frames of a video that are shown at most; null keeps the saved number
     max_length: int = 2048
     overlong: str = "error"  # error, skip, truncate; what was skipped or cut is counted and reported
     feature_cache: str | None = None  # folder for the features of a frozen tower; null computes them each time

@@ -6,11 +6,16 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from llava_moe.config import RecipeError, load_recipe
+import yaml
+
+from llava_moe.config import GrowSection, RecipeError, load_recipe
 from llava_moe.model.assemble import fingerprint
 from llava_moe.model.growing import PROVENANCE, grow
+from llava_moe.model_card import Origin, start_facts, write_card
 
 
 def grown_path(output_dir: str) -> Path:
@@ -34,7 +39,7 @@ def run(recipe: str, overrides: Sequence[str] = (), parent: str | None = None, t
         if known["parent_fingerprint"] == fingerprint(section.parent) and known["section"] == asdict(section):
             print(f"grow: {out} is there already")
             return out
-    facts = grow(section, out)
+    facts = grow(section, out, finish=partial(_card, out.name, section))
     sizes = [
         f"{key} {facts['source'][key]} -> {value}"
         for key, value in facts["target"].items()
@@ -50,6 +55,13 @@ def run(recipe: str, overrides: Sequence[str] = (), parent: str | None = None, t
         f"{facts['greedy_agreement']:.1%} of {facts['num_tokens']} next tokens are the same"
     )
     return out
+
+
+def _card(name: str, section: GrowSection, folder: Path, facts: dict[str, Any]) -> None:
+    done = {"contract": facts["contract"], "largest logit difference to the parent": facts["max_abs_logit_error"]}
+    recipe = yaml.safe_dump({"grow": asdict(section)}, sort_keys=False)
+    origin = Origin(name, "llava-moe grow", [section.parent], recipe=recipe, facts=done | start_facts(section.parent))
+    write_card(folder, origin)
 
 
 if __name__ == "__main__":

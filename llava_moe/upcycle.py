@@ -10,10 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llava_moe.calibration import calibration_batches
 from llava_moe.config import RecipeError, UpcycleSection, load_recipe
 from llava_moe.model.assemble import check_checkpoint, fingerprint
+from llava_moe.model.foreign import is_foreign
 from llava_moe.model.upcycling import PROVENANCE, upcycle
+from llava_moe.model_card import Origin, start_facts, write_card
 
 
 def upcycled_path(output_dir: str) -> Path:
@@ -30,7 +34,7 @@ def run(recipe: str, overrides: Sequence[str] = (), parent: str | None = None, t
     if config.upcycle is None:
         raise RecipeError(f"{recipe}: has no section `upcycle`")
     section = config.upcycle
-    check_checkpoint(section.parent)
+    check_checkpoint(section.parent, is_foreign)
     out = upcycled_path(config.output_dir) if to is None else Path(to)
     provenance = out / PROVENANCE
     if provenance.is_file():
@@ -41,7 +45,7 @@ def run(recipe: str, overrides: Sequence[str] = (), parent: str | None = None, t
     samples = None
     if section.calibration is not None:
         samples = partial(calibration_batches, section.calibration, section.parent)
-    facts = upcycle(section, out, samples)
+    facts = upcycle(section, out, samples, finish=partial(_card, out.name, section))
     dense, moe = facts["parameters"]["dense"], facts["parameters"]["moe"]
     print(
         f"upcycle: {section.parent} -> {out}\n"
@@ -52,6 +56,15 @@ def run(recipe: str, overrides: Sequence[str] = (), parent: str | None = None, t
         f"{facts['greedy_agreement']:.1%} of {facts['num_tokens']} next tokens are the same"
     )
     return out
+
+
+def _card(name: str, section: UpcycleSection, folder: Path, facts: dict[str, Any]) -> None:
+    done = {"contract": facts["contract"], "largest logit difference to the parent": facts["max_abs_logit_error"]}
+    recipe = yaml.safe_dump({"upcycle": asdict(section)}, sort_keys=False)
+    origin = Origin(
+        name, "llava-moe upcycle", [section.parent], recipe=recipe, facts=done | start_facts(section.parent)
+    )
+    write_card(folder, origin)
 
 
 def _parts(section: UpcycleSection, facts: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava_moe.data.schema import Turn
+from llava_moe.data.visuals import join_visuals
 from llava_moe.evaluation import EvaluationError
 
 IMAGE_MARKER = "<image>"
@@ -195,13 +196,11 @@ class LlavaMoe(lmms):  # type: ignore[misc]
         input_ids = pad_sequence([sample["input_ids"] for sample in samples], batch_first=True)
         labels = pad_sequence([sample["labels"] for sample in samples], batch_first=True, padding_value=-100)
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
         }
-        pixels = [sample["pixel_values"] for sample in samples if sample.get("pixel_values") is not None]
-        if pixels:
-            inputs["pixel_values"] = torch.cat(pixels)
+        inputs |= join_visuals(samples)
         with torch.inference_mode():
             logits = self.model(**self._to_device(inputs)).logits[:, :-1].float()
         targets = labels[:, 1:].to(logits.device)
@@ -214,7 +213,7 @@ class LlavaMoe(lmms):  # type: ignore[misc]
 
     def _encode(
         self, context: str, continuation: Any, doc_to_visual: Any, doc_id: int, task: str, split: str
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """One request as tensors: a prompt, or (with a continuation) a labelled sample."""
         doc = self.task_dict[task][split][doc_id]
         where = f"task {task!r}, document {doc_id} of split {split!r}"
@@ -238,9 +237,11 @@ class LlavaMoe(lmms):  # type: ignore[misc]
             return [Image.new("RGB", image.size, MID_GREY) for image in images]
         return images
 
-    def _to_device(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {
             key: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            if isinstance(value, torch.Tensor)
+            else value
             for key, value in inputs.items()
             if value is not None
         }

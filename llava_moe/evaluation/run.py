@@ -332,7 +332,19 @@ def main(args: argparse.Namespace) -> int:
         )
         if results:
             _print_scores(results, out)
+            _renew_card(checkpoint, results)
     return 0
+
+
+def _renew_card(checkpoint: Path, results: dict[str, Any]) -> None:
+    """Puts the scores into the checkpoint's model card, if it has one of ours that can be written."""
+    from llava_moe.model.modeling import CheckpointError
+    from llava_moe.model_card import add_scores
+
+    try:
+        add_scores(checkpoint, results)
+    except (CheckpointError, OSError) as error:
+        print(f"model card not renewed: {error}")
 
 
 def out_folders(checkpoints: Sequence[Path], out: Path) -> list[Path]:

@@ -17,7 +17,6 @@ from llava_moe.data.image import load_image
 from llava_moe.data.processing import LlavaMoeProcessor, load_processor
 from llava_moe.data.schema import IMAGE_MARKER, DataError, Turn, place_markers
 from llava_moe.model.assemble import load_model
-from llava_moe.model.modeling import LlavaMoeForConditionalGeneration
 from llava_moe.model.upcycling import count_parameters
 from llava_moe.moe import MoELayer
 from llava_moe.registry import near_misses
@@ -84,7 +83,7 @@ class ModelFacts:
     dtype: str
 
     @staticmethod
-    def read(model: LlavaMoeForConditionalGeneration, template: str, name: str) -> ModelFacts:
+    def read(model: Any, template: str, name: str) -> ModelFacts:
         """Reads the facts off a loaded model."""
         count = count_parameters(model)
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
@@ -158,7 +157,7 @@ class Engine:
         facts: what to tell people about the model.
     """
 
-    def __init__(self, model: LlavaMoeForConditionalGeneration, processor: LlavaMoeProcessor, name: str) -> None:
+    def __init__(self, model: Any, processor: LlavaMoeProcessor, name: str) -> None:
         self.model = model.eval()
         self.processor = processor
         self.facts = ModelFacts.read(model, processor.template, name)
@@ -212,9 +211,7 @@ class Engine:
             raise ChatError("this checkpoint captions pictures and does nothing else: start a new chat with a picture")
         prompt = self.processor.encode_prompt(place_markers(tuple(turns), len(images), "this chat"), images)
         self._check_length(len(prompt["input_ids"]), max_new_tokens)
-        inputs = {key: value.to(self.model.device) for key, value in self.processor.pad_prompts([prompt]).items()}
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        inputs = self._on_device(self.processor.pad_prompts([prompt]))
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failures = threading.Event(), list[BaseException]()
 
@@ -241,6 +238,15 @@ class Engine:
             worker.join()
         if failures:
             raise failures[0]
+
+    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Tensors where the model is, pictures in its dtype; numbers of tiles stay as they are."""
+        return {
+            key: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            if isinstance(value, torch.Tensor)
+            else value
+            for key, value in inputs.items()
+        }
 
     def _ends(self) -> dict[str, Any]:
         """For templates whose end is no token of its own."""

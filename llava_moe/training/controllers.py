@@ -39,8 +39,11 @@ def check_options(section: BalanceSection) -> None:
 
 
 def moe_layers(model: nn.Module) -> dict[SiteKey, MoELayer]:
-    """Every layer that routes, by its site."""
-    return {module.site: module for module in model.modules() if isinstance(module, MoELayer)}
+    """Every layer that routes, by its site; those of a decoder with experts of its own come as `NativeLayer`."""
+    found: dict[SiteKey, Any] = {module.site: module for module in model.modules() if isinstance(module, MoELayer)}
+    for module in model.modules():
+        found |= getattr(module, "native_layers", {})
+    return found
 
 
 def measure(routings: Mapping[SiteKey, Routing], scope: RoutingScope) -> dict[SiteKey, LayerStats]:
@@ -75,8 +78,8 @@ class Controllers:
             absent = [loss for loss in made[name].drives if loss not in losses]
             if absent:
                 raise RecipeError(
-                    f"balance.controllers.{name} drives the loss {absent[0]}; name it in balance.losses, usually with "
-                    "the coefficient 1"
+                    f"balance.controllers.{name} drives the loss {absent[0]}; name it in balance.losses (with "
+                    "the coefficient 1 where the controller sets it)"
                 )
         return Controllers(made)
 

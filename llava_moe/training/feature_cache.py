@@ -14,11 +14,12 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from llava_moe.data.check import read_sources
 from llava_moe.data.feature_store import FeatureStore, FeatureStoreWriter, image_key
 from llava_moe.data.image import load_image
 from llava_moe.data.processing import LlavaMoeProcessor
+from llava_moe.data.schema import Sample
 from llava_moe.training import distributed
+from llava_moe.training.data import Sources, samples_of
 
 _BATCH = 32
 
@@ -50,13 +51,12 @@ def tower_features(model: Any, pixels: Tensor) -> Tensor:
     return hidden[:, 1:] if model.config.vision_feature_select_strategy == "default" else hidden
 
 
-def feature_store(
-    folder: str, model: Any, processor: LlavaMoeProcessor, sources: list[tuple[Path, Path]]
-) -> FeatureStore:
+def feature_store(folder: str, model: Any, processor: LlavaMoeProcessor, sources: Sources) -> FeatureStore:
     """Opens the store for these pictures and this tower; rank 0 writes it first if it is not there."""
-    samples, _ = read_sources(sources)
+    if processor.tiling is not None:
+        raise ValueError("data.feature_cache keeps features of whole images, but this model is shown tiles; omit it")
     keys: dict[str, tuple[Path, str]] = {}
-    for path, sample_id in {path: sample.id for sample in samples for path in sample.images}.items():
+    for path, sample_id in {path: sample.id for sample in samples_of(sources) for path in _files(sample)}.items():
         keys.setdefault(image_key(path), (path, sample_id))
     pictures = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()
     with distributed.gathered(model.model.vision_tower):
@@ -68,13 +68,18 @@ def feature_store(
     return FeatureStore(path, mark)
 
 
+def _files(sample: Sample) -> tuple[Path, ...]:
+    if not all(isinstance(image, Path) for image in sample.images):
+        raise ValueError(f"data.feature_cache needs images as files, but those of {sample.source} lie in it; omit it")
+    return sample.images
+
+
 def _write(path: Path, mark: str, model: Any, processor: LlavaMoeProcessor, keys: dict[str, tuple[Path, str]]) -> None:
-    channels = model.config.vision_config.hidden_size
-    writer = FeatureStoreWriter(
-        path, mark, num_images=len(keys), num_tokens=processor.num_image_tokens, channels=channels
-    )
     names = list(keys)
     weight = next(model.model.vision_tower.parameters())
+    # a projector may merge features, so their number is asked of the tower and not of the processor
+    num_tokens, channels = tower_features(model, weight.new_zeros(1, *processor.image_shape)).shape[1:]
+    writer = FeatureStoreWriter(path, mark, num_images=len(names), num_tokens=num_tokens, channels=channels)
     with writer:
         for start in track(range(0, len(names), _BATCH), description=f"Vision features of {len(names)} pictures"):
             batch = names[start : start + _BATCH]

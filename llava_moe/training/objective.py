@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llava_moe.config import BalanceSection, RecipeError
+from llava_moe.model.native import NATIVE_FAMILIES
 from llava_moe.moe import BALANCE_LOSSES, BalanceLoss, MoELayer, Routing, RoutingScope, SiteKey
 from llava_moe.registry import RegistryError
 from llava_moe.training.telemetry import site_name
@@ -65,7 +66,8 @@ class Balance:
         if self.losses and not layers:
             raise RecipeError(
                 f"balance.losses names {', '.join(self.losses)}, but no layer of the checkpoint routes tokens to "
-                "experts (a dense checkpoint has nothing to balance)"
+                "experts (a dense checkpoint has nothing to balance; of decoders with experts of their own this "
+                f"program reads {', '.join(sorted(NATIVE_FAMILIES))})"
             )
         for name, loss in self.losses.items():
             for site, layer in layers.items():
@@ -101,7 +103,7 @@ def balance_terms(
         raise ValueError(f"balance losses {', '.join(losses)}: no layer has routed in this forward")
     terms = {}
     for name, loss in losses.items():
-        per_layer = [loss(routing, scope.context_of(site)) for site, routing in routings.items()]
+        per_layer = [loss(routing.before_drops(), scope.context_of(site)) for site, routing in routings.items()]
         if factor is not None:
             per_layer = [factor(name, site) * value for site, value in zip(routings, per_layer, strict=True)]
         terms[name] = torch.stack(per_layer).mean()

@@ -12,17 +12,20 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from llava_moe.config import RecipeError, RunConfig, dump_resolved, load_recipe
 from llava_moe.data.check import check_sources
-from llava_moe.data.collator import Collator
-from llava_moe.data.dataset import ConversationDataset
 from llava_moe.data.processing import LlavaMoeProcessor, load_processor
-from llava_moe.model.assemble import check_checkpoint, fingerprint, load_model
+from llava_moe.model.assemble import check_checkpoint, fingerprint, load_model, move_into_place
+from llava_moe.model_card import Origin, write_card
 from llava_moe.training import distributed
 from llava_moe.training.arguments import training_arguments
+from llava_moe.training.card import run_origin
 from llava_moe.training.controllers import Controllers, moe_layers
+from llava_moe.training.data import PackingCheck, Sources, plain_sources, prepare_index, training_data
 from llava_moe.training.feature_cache import feature_store
+from llava_moe.training.images import match_images
 from llava_moe.training.objective import Balance
 from llava_moe.training.stage import apply_stage, count_trainable
 from llava_moe.training.start import start_point
@@ -54,18 +57,19 @@ def train(config: RunConfig) -> Path:
     arguments = training_arguments(config)
     if arguments.n_gpu > 1:
         raise RecipeError(f"one process for {arguments.n_gpu} GPUs: start the run with scripts/train/*.sh")
-    sources = [(Path(s.path), Path(s.image_folder)) for s in config.data.sources]
-    if not sources:
-        raise RecipeError("data.sources is empty: name at least one LLaVA JSON file and its image folder")
-    if config.data.check_images and distributed.rank() == 0:
-        check_sources(sources).raise_if_broken()
+    plain = plain_sources(config)
+    if plain is not None and config.data.check_images and distributed.rank() == 0:
+        check_sources(plain).raise_if_broken()
     checkpoint = start_point(config)
     processor = load_processor(
         checkpoint,
         template=config.data.template,
         image_mode=config.data.image_mode,
         template_options=config.data.template_options,
+        tiling=config.data.tiling,
+        num_frames=config.data.num_frames,
     )
+    sources = prepare_index(config, processor) if plain is None else plain
     trainer = _make_trainer(config, arguments, checkpoint, processor, sources)
     if distributed.rank() == 0:
         dump_resolved(config, out / RECIPE)
@@ -78,10 +82,23 @@ def train(config: RunConfig) -> Path:
     if last is not None:
         trainer.controllers.load(last)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    _save(trainer, processor, final)
+    earlier = _earlier_seconds(out, last)
+    facts = {
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - started + earlier, 1),
+        "trainable": count_trainable(trainer.model),
+        "world_size": trainer.args.world_size,
+        "bf16": trainer.args.bf16,
+    }
+    report = trainer.train_dataset.report()
+    origin = None
     if distributed.rank() == 0:
-        seconds = time.perf_counter() - started + _earlier_seconds(out, last)
-        _finish(config, trainer, checkpoint, seconds)
+        origin = run_origin(config, checkpoint, (out / RECIPE).read_text(), report, facts)
+    _save(trainer, processor, final, origin)
+    if distributed.rank() == 0:
+        facts["seconds"] = round(time.perf_counter() - started + earlier, 1)
+        done = {"stage": config.stage.name, "start": str(checkpoint), **facts, "data": report}
+        _finish(out, trainer, done)
     return final
 
 
@@ -90,11 +107,12 @@ def _make_trainer(
     arguments: TrainingArguments,
     checkpoint: Path,
     processor: LlavaMoeProcessor,
-    sources: list[tuple[Path, Path]],
+    sources: Sources,
 ) -> LlavaMoeTrainer:
     if config.model.dtype not in _DTYPES:
         raise RecipeError(f"model.dtype={config.model.dtype}: must be one of {', '.join(_DTYPES)}")
     model = load_model(checkpoint, _DTYPES[config.model.dtype], config.model.attn_implementation)
+    match_images(model, processor)
     groups = apply_stage(model, config.stage)
     balance, layers = Balance.build(config.balance), moe_layers(model)
     balance.check(layers)
@@ -104,27 +122,14 @@ def _make_trainer(
         if any(p.requires_grad for p in model.get_submodule("model.vision_tower").parameters()):
             raise RecipeError("data.feature_cache needs a frozen tower, but the stage trains parts of it")
         store = feature_store(config.data.feature_cache, model, processor, sources)
-    dataset = ConversationDataset(
-        sources,
-        processor,
-        max_length=config.data.max_length,
-        overlong=config.data.overlong,  # type: ignore[arg-type]  # checked there
-        feature_store=store,
-    )
-    collator = Collator(
-        pad_token_id=processor.pad_token_id,
-        image_token_id=processor.image_token_id,
-        num_image_tokens=processor.num_image_tokens,
-        image_shape=processor.image_shape if store is None else None,
-        feature_shape=None if store is None else store.feature_shape,
-    )
+    dataset, collator = training_data(config, processor, sources, store)
     telemetry = TelemetryCallback(config.output_dir)
     trainer = LlavaMoeTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[telemetry],
+        callbacks=[telemetry, *([PackingCheck(collator)] if config.data.packing else [])],
         parameter_groups=groups,
         balance=balance,
         controllers=controllers,
@@ -196,16 +201,25 @@ def _announce(config: RunConfig, trainer: LlavaMoeTrainer, checkpoint: Path) -> 
     )
 
 
-def _save(trainer: LlavaMoeTrainer, processor: LlavaMoeProcessor, final: Path) -> None:
-    """Every rank takes part (ZeRO-3 gathers); the directory takes its name only when it is whole."""
+def _save(trainer: LlavaMoeTrainer, processor: LlavaMoeProcessor, final: Path, origin: Origin | None) -> None:
+    """Every rank takes part (ZeRO-3 gathers); the directory takes its name only when it is whole.
+
+    Args:
+        origin: for the model card; None on the ranks that do not write it.
+    """
     partial = final.with_name(final.name + ".partial")
+    if distributed.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
+    distributed.barrier()
     trainer.model.save_original_format = True  # the names that llava-hf readers know; see docs/architecture.md
     trainer.save_model(str(partial))
     distributed.barrier()
-    if distributed.rank() == 0:
+    if origin is not None:
+        (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and the recipe says the same
         processor.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with distributed.unpartitioned():
+            write_card(partial, origin)
+        move_into_place(partial, final)
     distributed.barrier()
 
 
@@ -221,21 +235,10 @@ def _earlier_seconds(out: Path, last: Path | None) -> float:
     return total
 
 
-def _finish(config: RunConfig, trainer: LlavaMoeTrainer, checkpoint: Path, seconds: float) -> None:
-    out = Path(config.output_dir)
+def _finish(out: Path, trainer: LlavaMoeTrainer, facts: dict[str, Any]) -> None:
     trainer.state.save_to_json(str(out / "trainer_state.json"))
     trainer.controllers.save(out)
-    facts = {
-        "stage": config.stage.name,
-        "start": str(checkpoint),
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
-        "trainable": count_trainable(trainer.model),
-        "data": trainer.train_dataset.report(),
-        "world_size": trainer.args.world_size,
-        "bf16": trainer.args.bf16,
-    }
     (out / DONE).write_text(json.dumps(facts, indent=2))
     for path in out.glob("checkpoint-*"):  # optimiser states; the final model is whole
         shutil.rmtree(path)
-    print(f"train: finished {config.stage.name} in {seconds:.0f} s -> {out / MODEL}")
+    print(f"train: finished {facts['stage']} in {facts['seconds']:.0f} s -> {out / MODEL}\n  data {facts['data']}")

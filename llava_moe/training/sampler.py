@@ -6,14 +6,14 @@ that a new process starts anew, or are told the epoch along a path that several 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
-from llava_moe.data.sampler import length_grouped_order
+from llava_moe.data.sampler import length_grouped_order, modality_grouped_order
 
 
 class EpochSampler(Sampler[int]):
@@ -23,12 +23,16 @@ class EpochSampler(Sampler[int]):
         lengths: tokens of each sample.
         seed: of the permutations.
         group_size: samples of one step; with it, samples of similar length come together. 0: a plain shuffle.
+        has_image: for each sample; with it, and a group size, no group holds samples of both kinds.
     """
 
-    def __init__(self, lengths: list[int], seed: int, group_size: int = 0) -> None:
+    def __init__(
+        self, lengths: Sequence[int], seed: int, group_size: int = 0, has_image: Sequence[bool] | None = None
+    ) -> None:
         self.lengths = lengths
         self.seed = seed
         self.group_size = group_size
+        self.has_image = has_image
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -39,6 +43,8 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.group_size and self.has_image is not None:
+            return iter(modality_grouped_order(self.lengths, self.has_image, self.group_size, generator))
         if self.group_size:
             return iter(length_grouped_order(self.lengths, self.group_size, generator))
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())

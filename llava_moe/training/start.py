@@ -7,17 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, CLIPImageProcessorPil
-
-from llava_moe.config import ModelSection, RunConfig
-from llava_moe.data.processing import LlavaMoeProcessor
+from llava_moe.config import RunConfig
+from llava_moe.data.processing import DEFAULT_NUM_FRAMES, LlavaMoeProcessor
 from llava_moe.data.templates import TEMPLATES
 from llava_moe.model.assemble import assemble, check_checkpoint, whole_directory
+from llava_moe.model.vision_images import image_processor
 from llava_moe.training import distributed
+from llava_moe.training.chain import check_start
+from llava_moe.training.images import DEFAULT_IMAGE_MODE, family_name, first_tiling, match_images, merging
 
 _FACTS = "assemble.json"
-_DEFAULT_TEMPLATE, _DEFAULT_IMAGE_MODE = "plain", "square"
-_TIMM = "timm:"
+_DEFAULT_TEMPLATE = "plain"
 
 
 def start_point(config: RunConfig) -> Path:
@@ -28,7 +28,9 @@ def start_point(config: RunConfig) -> Path:
         ValueError: a part to assemble is wrong.
     """
     if config.model.checkpoint is not None:
-        return check_checkpoint(config.model.checkpoint)
+        checkpoint = check_checkpoint(config.model.checkpoint)
+        check_start(config, checkpoint)
+        return checkpoint
     initial = Path(config.output_dir) / "initial"
     if distributed.rank() == 0:
         facts = {"model": dataclasses.asdict(config.model), "seed": config.seed, "data": _data_facts(config)}
@@ -42,52 +44,40 @@ def start_point(config: RunConfig) -> Path:
 
 
 def _data_facts(config: RunConfig) -> dict[str, Any]:
-    data = config.data
-    return {"template": data.template, "template_options": data.template_options, "image_mode": data.image_mode}
+    keys = ("template", "template_options", "image_mode", "tiling", "num_frames")
+    return {key: getattr(config.data, key) for key in keys}
 
 
 def write_initial(config: RunConfig, out: Path) -> None:
     """Assembles model and processor and writes them to `out`."""
-    section = config.model
-    parts = assemble(section, config.seed)
+    mode = config.data.image_mode or DEFAULT_IMAGE_MODE
+    tiling = first_tiling(config)
+    section = dataclasses.replace(config.model, family=family_name(config))
+    parts = assemble(section, config.seed, None if tiling is None else merging(tiling, mode))
     template = config.data.template or _DEFAULT_TEMPLATE
     vision = parts.model.config.vision_config
     processor = LlavaMoeProcessor(
-        image_processor=_image_processor(section, vision),
+        image_processor=image_processor(section, vision),
         tokenizer=parts.tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=section.vision_feature_select_strategy,
         num_additional_image_tokens=parts.num_additional_image_tokens,
         template=template,
         template_options=config.data.template_options,
-        image_mode=config.data.image_mode or _DEFAULT_IMAGE_MODE,
+        image_mode=mode,
+        tiling=tiling,
+        num_frames=DEFAULT_NUM_FRAMES if config.data.num_frames is None else config.data.num_frames,
         # what stock tools render with; our own programs use the template by its name
         chat_template=TEMPLATES.get(template).jinja or parts.tokenizer.chat_template,
     )
     if processor.num_image_tokens != parts.model.config.image_seq_length:
         raise ValueError(
             f"model.vision_tower={section.vision_tower}: its image processor makes {processor.num_image_tokens} tokens "
-            f"of a picture and the tower {parts.model.config.image_seq_length}; their image sizes differ"
+            f"of a picture and the tower {parts.model.config.image_seq_length}; their image sizes differ; "
+            "set model.image_size"
         )
+    match_images(parts.model, processor)
     with whole_directory(out) as partial:
         parts.model.save_original_format = True
         parts.model.save_pretrained(partial)
         processor.save_pretrained(partial)
-
-
-def _image_processor(section: ModelSection, vision: Any) -> Any:
-    source = str(section.vision_tower)
-    if not source.startswith(_TIMM):
-        return AutoImageProcessor.from_pretrained(source, backend="pil")
-    import timm
-
-    defaults = timm.get_pretrained_cfg(source.removeprefix(_TIMM))
-    size = {"height": vision.image_size, "width": vision.image_size}
-    return CLIPImageProcessorPil(
-        do_resize=True,
-        size=size,
-        do_center_crop=False,
-        crop_size=size,
-        image_mean=list(defaults.mean),
-        image_std=list(defaults.std),
-    )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from llava_moe.data.packing import useful_share
 from llava_moe.training.controllers import ControllerCallback, Controllers, measure
 from llava_moe.training.objective import Balance, balance_terms, combine
 from llava_moe.training.sampler import EpochCallback, EpochSampler
@@ -64,7 +65,8 @@ class LlavaMoeTrainer(Trainer):  # type: ignore[misc]  # transformers types it a
         stats = measure(routings, scope)
         if model.training:
             self.controllers.observe(stats)
-        self.meter.update(objective.parts, routings, scope, stats)
+        parts = {**objective.parts, "useful_tokens": useful_share(inputs)}
+        self.meter.update(parts, routings, scope, stats)
         return (objective.total, output) if return_outputs else objective.total
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -81,5 +83,6 @@ class LlavaMoeTrainer(Trainer):  # type: ignore[misc]  # transformers types it a
         grouped = self.args.train_sampling_strategy == "group_by_length"
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._epoch.sampler = EpochSampler(dataset.lengths, seed, group_size=step if grouped else 0)
+        has_image = getattr(dataset, "has_image", None)
+        self._epoch.sampler = EpochSampler(dataset.lengths, seed, step if grouped else 0, has_image)
         return self._epoch.sampler

@@ -10,6 +10,7 @@ import torch
 
 from llava_moe.config import BalanceSection, RecipeError, load_recipe
 from llava_moe.model.assemble import load_model
+from llava_moe.moe import LayerPlan, MlpSpec, build_layer
 from llava_moe.moe.controllers import StepStats, StepSums
 from llava_moe.training import runner
 from llava_moe.training.controllers import Controllers, moe_layers
@@ -188,6 +189,16 @@ def test_a_driven_loss_must_be_named(gated: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"controllers\.remoe_lambda drives the loss relu_l1; name it"):
         Controllers.build(section, layers, ["z"])
     assert Controllers.build(section, layers, ["z", "relu_l1"]).by_name.keys() == {"remoe_lambda"}
+
+
+def test_a_competition_without_its_loss_is_refused() -> None:
+    """The router would get no gradient in such a step; other ranks would wait for it."""
+    spec = MlpSpec(8, 12, "silu", True, False, "gate_proj", "up_proj", "down_proj")
+    layer = build_layer(LayerPlan(4, router="compete_smoe"), spec)
+    section = BalanceSection(controllers={"competition": {}})
+    with pytest.raises(RecipeError, match=r"controllers\.competition drives the loss competition; name it"):
+        Controllers.build(section, {layer.site: layer}, ["switch"])
+    assert Controllers.build(section, {layer.site: layer}, ["competition"]).by_name.keys() == {"competition"}
 
 
 def test_null_leaves_out_what_a_base_recipe_names(moe_checkpoint: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from llava_moe.config import BalanceSection, RecipeError
 from llava_moe.data.collator import Collator
 from llava_moe.model.assemble import load_model
-from llava_moe.moe import BALANCE_LOSSES, SiteKey
+from llava_moe.moe import BALANCE_LOSSES, LayerPlan, MlpSpec, RoutingContext, SiteKey, build_layer
 from llava_moe.training.controllers import moe_layers
 from llava_moe.training.objective import Balance, balance_terms, combine
 from llava_moe.training.telemetry import read_telemetry
@@ -252,6 +252,29 @@ def test_factors_of_controllers_multiply_single_layers(moe_checkpoint: Path, tmp
     assert gradients["decoder", 0].abs().max() > 0
     # the layer above reads what the first one wrote, but its own loss has the factor 0
     assert gradients["decoder", 2] is None or gradients["decoder", 2].abs().max() == 0
+
+
+def test_a_capacity_does_not_hide_the_imbalance_from_the_losses() -> None:
+    """They are about what the router chose: after the drops no expert has more than its share."""
+    generator, terms = torch.Generator().manual_seed(0), []
+    weight, x = torch.randn(4, 8, generator=generator), torch.randn(64, 8, generator=generator) + 0.5
+    weight[0] += 0.5
+    losses = {name: BALANCE_LOSSES.get(name).build({}) for name in ("switch", "gshard", "sequence", "global_batch")}
+    spec = MlpSpec(8, 12, "silu", True, False, "gate_proj", "up_proj", "down_proj")
+    for capacity in (None, {"factor": 1.0}):
+        layer = build_layer(LayerPlan(4, capacity=capacity), spec).train()
+        with torch.no_grad():
+            layer.router.scorer.weight.copy_(weight)
+        with layer.scope.recording() as routings:
+            layer(x)
+        if capacity is not None:
+            assert routings[layer.site].extras["dropped_T"].any()
+            assert losses["switch"](routings[layer.site], RoutingContext.trivial(64)) < terms[0]["switch"]
+        for loss in losses.values():
+            loss.start_step()
+        terms.append(balance_terms(routings, layer.scope, losses))
+    for name in losses:
+        torch.testing.assert_close(terms[1][name], terms[0][name])
 
 
 def test_losses_without_a_routing_are_an_error(moe_checkpoint: Path) -> None:

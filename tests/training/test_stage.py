@@ -14,7 +14,7 @@ from llava_moe.model.assemble import load_model
 from llava_moe.training import runner
 from llava_moe.training.stage import _PARTS, apply_stage, count_trainable, part_of, resolve_bf16
 from tests.tiny import write_llava_json
-from tests.tiny_model import TINY_MOE, tiny_model, tiny_processor
+from tests.tiny_model import TINY_MOE, tiny_model, tiny_moe, tiny_processor
 from tests.training.runs import MOE_PARTS, make_config
 
 ALL = dict.fromkeys(_PARTS, 1e-3)
@@ -50,6 +50,13 @@ def test_an_unknown_parameter_is_an_error() -> None:
 def test_wrong_stages_are_refused(rates: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         apply_stage(tiny_model(), StageSection(name="bad", learning_rates=rates))
+
+
+def test_a_router_with_nothing_to_learn_is_told_apart_from_a_missing_one() -> None:
+    model = tiny_model(tiny_moe(router={"name": "random", "args": {"k": 2}}))
+    with pytest.raises(ValueError, match="but RandomRouter has nothing that learns; leave router out of stage"):
+        apply_stage(model, StageSection(name="moe", learning_rates={"experts": 1e-3, "router": 1e-3}))
+    assert apply_stage(model, StageSection(name="moe", learning_rates={"experts": 1e-3}))
 
 
 def test_groups_have_rates_and_decay() -> None:

@@ -11,9 +11,10 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 
+from llava_moe.moe import LayerStats, Routing, RoutingContext, RoutingScope
 from llava_moe.training import runner
 from llava_moe.training.sampler import EpochSampler
-from llava_moe.training.telemetry import FILE, TelemetryCallback, read_telemetry
+from llava_moe.training.telemetry import FILE, RoutingMeter, TelemetryCallback, read_telemetry
 from llava_moe.training.trainer import LlavaMoeTrainer
 from tests.tiny import write_llava_json
 from tests.tiny_model import TINY_MOE
@@ -156,6 +157,21 @@ def test_telemetry_rows(moe_checkpoint: Path, tmp_path: Path) -> None:
             assert sum(layer["load"]) == pytest.approx(1, abs=1e-4)
             assert layer["max_violation"] == pytest.approx(max(layer["load"]) * 4 - 1, abs=1e-3)
             assert 0 < layer["entropy"] <= math.log(4) + 1e-5
+
+
+def test_the_largest_violation_of_the_worked_example() -> None:
+    """Loads of 10, 20, 30 and 40: the fullest expert has 1.6 times the mean."""
+    index = torch.arange(4).repeat_interleave(torch.tensor([10, 20, 30, 40])).unsqueeze(1)
+    probs = torch.full((100, 4), 0.25)
+    routing, site = Routing(probs, probs, index, torch.ones(100, 1)), ("decoder", 0)
+    scope, meter = RoutingScope(), RoutingMeter()
+    context = RoutingContext.trivial(100)
+    scope.record(site, routing, context)
+    meter.update({}, {site: routing}, scope, {site: LayerStats.measure(routing, context.token_mask_T)})
+    row = meter.flush()["layers"]["0"]
+    assert row["load"] == [0.1, 0.2, 0.3, 0.4]
+    assert row["max_violation"] == pytest.approx(0.6, abs=1e-6)
+    assert row["entropy"] == pytest.approx(math.log(4), abs=1e-5)
 
 
 def test_a_dense_model_has_telemetry_without_layers(dense_checkpoint: Path, tmp_path: Path) -> None:
