@@ -289,6 +289,10 @@ def _architecture(folder: Path, raw: Mapping[str, Any]) -> list[tuple[Any, ...]]
         rows.append(("projector", f"{raw.get('projector', 'mlp2x_gelu')}{f' {options}' if options else ''}"))
     keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
     rows.append(("decoder", _sizes(_text(raw), keys)))
+    if growth := raw.get("vocabulary_growth"):
+        rows.append(
+            ("vocabulary", f"{growth['before']} rows grown to {growth['after']}, with {', '.join(growth['tokens'])}")
+        )
     processor = _read_json(folder / "processor_config.json")
     for key, label in (("template", "conversation"), ("image_mode", "image mode")):
         if processor.get(key) is not None:

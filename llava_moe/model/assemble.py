@@ -156,7 +156,7 @@ def assemble(section: ModelSection, seed: int = 0, merging: Mapping[str, Any] | 
     torch.manual_seed(seed)
     if section.language_model is None or section.vision_tower is None:
         raise ValueError("model: name a checkpoint, or a vision_tower and a language_model to assemble one")
-    decoder, tokenizer = _load_decoder(section)
+    decoder, tokenizer, growth = _load_decoder(section)
     tower = load_tower(section)
     num_features, num_patches = count_tokens(tower, section)
     family = FAMILIES.get(section.family or "llava")
@@ -171,6 +171,7 @@ def assemble(section: ModelSection, seed: int = 0, merging: Mapping[str, Any] | 
         projector_args=section.projector_args,
         tie_word_embeddings=bool(decoder.config.tie_word_embeddings),
         logit_bias=decoder.get_output_embeddings().bias is not None,
+        vocabulary_growth=growth,
         **logit_changes(decoder.config),
         **(merging or {}),
     )
@@ -190,7 +191,8 @@ def assemble(section: ModelSection, seed: int = 0, merging: Mapping[str, Any] | 
     return Assembled(model, tokenizer, num_tokens + dropped - num_patches)
 
 
-def _load_decoder(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
+def _load_decoder(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any] | None]:
+    """The decoder with an image token, its tokenizer, and what was added to its vocabulary."""
     from transformers import AutoTokenizer
 
     source = str(section.language_model)
@@ -208,14 +210,17 @@ def _load_decoder(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
             f"model.language_model={source}: the vocabulary projection of {type(decoder).__name__} is no linear map, "
             "and LLaVA's is; choose another decoder"
         )
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
+    is_new = IMAGE_TOKEN not in tokenizer.get_vocab()
+    if is_new:
         # without the flag the decoder's own extra special tokens would be forgotten
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     rows = decoder.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         # Rows are added at the mean of the others, and to a multiple of 64 as GPUs like it.
         decoder.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
-    return decoder, tokenizer
+    after = decoder.get_input_embeddings().weight.shape[0]
+    growth = {"tokens": [IMAGE_TOKEN] if is_new else [], "before": rows, "after": after}
+    return decoder, tokenizer, growth if is_new or after > rows else None
 
 
 @torch.no_grad()

@@ -156,6 +156,8 @@ class LlavaMoeConfig(LlavaConfig):  # type: ignore[misc]  # transformers types i
         logit_scale, logit_softcap: what the decoder does to its logits after the vocabulary projection, see `head.py`;
             None, as in every stock checkpoint, is nothing.
         logit_bias: whether the projection has a bias, as Phi-2's has.
+        vocabulary_growth: what assembling added to the decoder's vocabulary: `tokens`, and the number of rows `before`
+            and `after`; None where nothing was. For the record.
     """
 
     model_type = "llava_moe"
@@ -170,6 +172,7 @@ class LlavaMoeConfig(LlavaConfig):  # type: ignore[misc]  # transformers types i
     logit_scale: float | None = None
     logit_softcap: float | None = None
     logit_bias: bool = False
+    vocabulary_growth: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -227,6 +230,7 @@ class LlavaNextMoeConfig(_TiledConfig, LlavaNextConfig):  # type: ignore[misc]  
     logit_scale: float | None = None
     logit_softcap: float | None = None
     logit_bias: bool = False
+    vocabulary_growth: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -256,6 +260,7 @@ class LlavaOnevisionMoeConfig(_TiledConfig, LlavaOnevisionConfig):  # type: igno
     logit_scale: float | None = None
     logit_softcap: float | None = None
     logit_bias: bool = False
+    vocabulary_growth: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -21,6 +21,7 @@ from transformers import (
 from llava_moe.config import ModelSection
 from llava_moe.model.assemble import Assembled, assemble, load_model
 from llava_moe.model.vision import TimmTower, timm_tower_config
+from llava_moe.model_card import _architecture
 from tests.model.inputs import NUM_WORDS, logits_of, picture_batch
 from tests.tiny import tiny_tokenizer
 from tests.tiny_model import tiny_text_config, tiny_vision_config
@@ -139,6 +140,13 @@ def test_image_token_is_added_and_other_special_tokens_are_kept(parts: Path, tmp
     rows = found.model.get_input_embeddings().weight.shape[0]
     assert rows == found.model.lm_head.weight.shape[0] == found.model.config.text_config.vocab_size
     assert rows % 64 == 0
+    growth = {"tokens": ["<image>"], "before": len(tokenizer) - 1, "after": rows}
+    assert found.model.config.vocabulary_growth == growth
+    assert assemble(section(parts)).model.config.vocabulary_growth is None  # its tokenizer has the token
+    found.model.save_pretrained(tmp_path / "saved")
+    assert f"{len(tokenizer) - 1} rows grown to {rows}, with <image>" in str(
+        _architecture(tmp_path / "saved", json.loads((tmp_path / "saved" / "config.json").read_text()))
+    )
     assert found.model.config.image_token_id == len(tokenizer) - 1
     assert torch.equal(text_logits(found.model)[..., : before.shape[-1]], before)
     assert (
