@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 MIN_SIDE = 2
 _BATCH = 256
@@ -41,6 +41,7 @@ def look_at_bytes(content: bytes) -> Verdict:
 
 
 def _judge(handle: IO[bytes]) -> Verdict:
+    kept, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # other libraries set it
     try:
         with Image.open(handle) as image:
             kind = image.format or ""
@@ -52,6 +53,8 @@ def _judge(handle: IO[bytes]) -> Verdict:
         return "", "empty file" if not head else "a web page" if head.startswith(b"<") else "not an image"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return "", f"cannot be decoded ({' '.join(str(error).split())})"
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = kept
     return kind, f"a placeholder of {width} x {height} pixels" if min(width, height) < MIN_SIDE else ""
 
 
