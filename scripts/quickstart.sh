@@ -13,8 +13,7 @@ step "3/8 pretrain the projector" bash scripts/train/pretrain.sh $RECIPES/pretra
 step "4/8 dense instruction tuning" bash scripts/train/sft.sh $RECIPES/sft.yaml
 step "5/8 upcycle and train the MoE" bash scripts/train/moe.sh $RECIPES/moe.yaml
 step "6/8 train its dense control" bash scripts/train/sft.sh $RECIPES/control.yaml
-EVAL=(llava-moe eval --data "$DATA" --tasks local_gqa,local_pope,local_mmbench --batch-size 32)
-step "7/8 score MoE, dense control, blind" "${EVAL[@]}" "$QUICKSTART_DIR"/{moe,control}/model --out "$QUICKSTART_DIR/scores"
-"${EVAL[@]}" "$QUICKSTART_DIR/control/model" --blank-images --out "$QUICKSTART_DIR/scores/blank"
+step "7/8 score MoE, dense control, blind" llava-moe eval "$QUICKSTART_DIR"/{moe,control}/model --data "$DATA" --batch-size 32 \
+  --tasks local_gqa,local_pope,local_mmbench --blind "$QUICKSTART_DIR/control/model" --out "$QUICKSTART_DIR/scores"
 step "8/8 report" python -m playground.quickstart report --profile "$PROFILE" --dir "$QUICKSTART_DIR"
 echo "chat: bash scripts/chat.sh $QUICKSTART_DIR/moe/model     in the browser: bash scripts/demo.sh $QUICKSTART_DIR/moe/model --examples $QUICKSTART_DIR/examples"

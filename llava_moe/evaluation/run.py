@@ -312,13 +312,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="only the first N records of each task")
     parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE)
     parser.add_argument("--blank-images", action="store_true", help="show a grey picture instead (blind baseline)")
+    parser.add_argument(
+        "--blind", type=Path, metavar="CHECKPOINT", help="score this one on grey pictures too, into OUT/blank"
+    )
     parser.add_argument("--device", help="cpu, cuda:0, ...; by default a GPU when there is one")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
 
 
 def main(args: argparse.Namespace) -> int:
     """`llava-moe eval`: scores each checkpoint and prints one table for each."""
-    for checkpoint, out in zip(args.checkpoints, out_folders(args.checkpoints, args.out), strict=True):
+    runs = [
+        (checkpoint, out, args.blank_images)
+        for checkpoint, out in zip(args.checkpoints, out_folders(args.checkpoints, args.out), strict=True)
+    ]
+    if args.blind is not None:
+        runs.append((args.blind, args.out / "blank", True))
+    for checkpoint, out, blank in runs:
         results = evaluate(
             checkpoint,
             args.data,
@@ -326,12 +335,13 @@ def main(args: argparse.Namespace) -> int:
             out,
             batch_size=args.batch_size,
             limit=args.limit,
-            blank_images=args.blank_images,
+            blank_images=blank,
             device=args.device,
             dtype=args.dtype,
         )
         if results:
             _print_scores(results, out)
+        if results and not blank:
             _renew_card(checkpoint, results)
     return 0
 

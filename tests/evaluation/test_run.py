@@ -195,15 +195,17 @@ def test_command_scores_several_checkpoints_and_the_summary_reads_them(
     run.add_arguments(parser)
     other = fakes.write_checkpoint(tmp_path / "other")
     common = ["--data", str(data), "--tasks", ",".join(TASKS), "--batch-size", "8"]
-    assert run.main(parser.parse_args([str(checkpoint), str(other), *common, "--out", str(tmp_path / "runs")])) == 0
+    both = [str(checkpoint), str(other), *common, "--blind", str(other), "--out", str(tmp_path / "runs")]
+    assert run.main(parser.parse_args(both)) == 0
     assert (tmp_path / "runs" / "other" / "results.json").is_file()
-    blank = [str(other), *common, "--out", str(tmp_path / "blank"), "--blank-images"]
-    assert run.main(parser.parse_args(blank)) == 0
+    assert run.main(parser.parse_args([str(other), *common, "--out", str(tmp_path / "one"), "--blank-images"])) == 0
+    for folder in (tmp_path / "runs" / "blank", tmp_path / "one"):
+        assert json.loads((folder / "results.json").read_text())["arguments"]["blank_images"] is True
 
     results = summarize.summarize(
         tmp_path / "runs" / "checkpoint",
         tmp_path / "runs" / "other",
-        tmp_path / "blank",
+        tmp_path / "runs" / "blank",
         data / "priors.json",
         tmp_path / "summary",
         seconds={"score": 1.0},
