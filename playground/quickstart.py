@@ -22,7 +22,8 @@ from llava_moe.evaluation import report, summarize
 from llava_moe.evaluation.records import read_json
 from llava_moe.model.assemble import load_model
 from llava_moe.moe import MoELayer
-from llava_moe.training.telemetry import read_telemetry, site_name
+from llava_moe.training.metrics import read_metrics
+from llava_moe.training.telemetry import site_name
 from playground.assets import AssetError, default_cache, fetch_assets
 from playground.fallback import random_language_model, train_tokenizer
 from playground.lm_from_gguf import DEFAULT_BLOCKS, convert_language_model
@@ -137,7 +138,7 @@ def _facts(profile: str, runs: dict[str, Any], upcycling: dict[str, Any], notice
 def _loss_points(run: Path) -> list[dict[str, float]]:
     """Cross-entropy, and the unweighted balance terms under names the figure recognises."""
     points = []
-    for row in read_telemetry(run):
+    for row in read_metrics(run):
         terms = {f"{name} loss": row[name] for name in ("switch", "z") if name in row}
         points.append({"step": row["step"], "loss": row["cross_entropy"], **terms})
     return points

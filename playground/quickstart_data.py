@@ -137,8 +137,8 @@ def _counts(total: int) -> dict[str, int]:
 
 PROFILES = {
     "smoke": Profile(64, _counts(200), dict.fromkeys(EVAL_COUNTS, 8), 32, 100, use_assets=False),
-    "default": Profile(3_000, _counts(22_000), EVAL_COUNTS, 128, 3_200),
-    "full": Profile(9_000, _counts(66_000), {key: _even(1.5 * n) for key, n in EVAL_COUNTS.items()}, 128, 4_000),
+    "default": Profile(3_000, _counts(26_000), EVAL_COUNTS, 128, 3_200),
+    "full": Profile(9_000, _counts(78_000), {key: _even(1.5 * n) for key, n in EVAL_COUNTS.items()}, 128, 4_000),
 }
 Maker = Callable[[int, ImageStore, np.random.Generator], list[Example]]
 
