@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llava_moe.config import RunConfig, load_recipe
 from llava_moe.data.check_report import as_json, as_text
@@ -23,6 +21,7 @@ from llava_moe.data.checking import OVERLONG, Limits, check_mixture
 from llava_moe.data.image_marks import DEFAULT_DISTANCE, Benchmarks
 from llava_moe.data.mixture import Mixture, SourceSpec, load_mixture
 from llava_moe.data.processing import load_processor
+from llava_moe.data.progress import counting
 from llava_moe.data.schema import DataError
 
 REPORT = "report.json"
@@ -44,11 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drop-benchmark-images", action="store_true", help="leave records with such images out of the index")
     add("--index", metavar="DIR", help="write the clean index here, for data.index, and report.json beside it")
     add("--seed", type=int, help="of random limits and weights; by default that of the recipe or mixture")
-    add("--workers", type=int, default=8, metavar="N", help="threads (%(default)s)")
+    add("--no-decode", action="store_true", help="only look whether the images are there; do not open them")
+    add("--workers", type=int, metavar="N", help="processes, 0 for none; by default one for each core")
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Runs the check, prints the report and ends the process with its status."""
+    if arguments.workers is not None and arguments.workers < 0:
+        raise DataError(f"--workers {arguments.workers}: must be at least 0")
+    if arguments.drop_benchmark_images and not arguments.benchmark:
+        raise DataError("--drop-benchmark-images: name the benchmarks with --benchmark NAME=PLACE")
     mixture, recipe = read_mixture(arguments)
     processor = _processor(arguments.processor, recipe)
     limits = Limits(
@@ -56,11 +60,10 @@ def main(arguments: argparse.Namespace) -> None:
         overlong=_first(arguments.overlong, recipe and recipe.data.overlong, "error"),
         max_pixels=arguments.max_pixels,
         drop_benchmark_images=arguments.drop_benchmark_images,
+        decode=not arguments.no_decode,
     )
     benchmarks = Benchmarks(_places(arguments.benchmark), arguments.distance) if arguments.benchmark else None
-    columns = (TextColumn("checking records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
+    with counting("checking records") as progress:
         report = check_mixture(
             mixture,
             processor=processor,
@@ -68,7 +71,7 @@ def main(arguments: argparse.Namespace) -> None:
             benchmarks=benchmarks,
             index=arguments.index,
             workers=arguments.workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     print(as_text(report))
     if arguments.index is not None:
@@ -97,6 +100,10 @@ def read_mixture(arguments: argparse.Namespace) -> tuple[Mixture, RunConfig | No
         return load_mixture(path, arguments.seed), None
     recipe = load_recipe(path)
     seed = recipe.seed if arguments.seed is None else arguments.seed
+    if recipe.data.index is not None:
+        raise DataError(f"{path}: its data.index names an index, which is checked already; name its sources instead")
+    if recipe.data.mixture is not None:
+        return load_mixture(recipe.data.mixture, seed), recipe
     return Mixture.parse([asdict(source) for source in recipe.data.sources], f"{path}: data", seed), recipe
 
 

@@ -39,7 +39,7 @@ class ModelSection:
     vision_feature_layer: int = -2
     vision_feature_select_strategy: str = "default"  # default drops the CLS token, full keeps everything
     random_weights: bool = False  # build tower (and LM) from their configs without weights: for smoke runs
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "auto"  # auto: FlashAttention where it runs, else sdpa; see model/attention.py
     dtype: str = "float32"  # of the loaded weights: float32, bfloat16
 
 
@@ -49,7 +49,24 @@ class StageSection:
 
     name: str = MISSING
     learning_rates: dict[str, float] = field(default_factory=dict)
-    weight_decay: float = 0.0
+    weight_decay: Any = 0.0  # one number, or {part: number} for parts that learn; the others then have none
+
+    def decay_of(self, part: str) -> float:
+        """Weight decay of a part of `learning_rates`."""
+        decay = self.weight_decay
+        return float(decay.get(part, 0.0) if isinstance(decay, dict) else decay)
+
+    def check_decay(self) -> None:
+        """Raises RecipeError where a value is no number of at least 0, or a named part does not learn."""
+        by_part = isinstance(self.weight_decay, dict)
+        for part, value in (self.weight_decay if by_part else {"": self.weight_decay}).items():
+            where = f"stage.weight_decay.{part}" if by_part else "stage.weight_decay"
+            if by_part and part not in self.learning_rates:
+                raise RecipeError(
+                    f"{where}: the part does not learn; {near_misses(str(part), list(self.learning_rates))}"
+                )
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise RecipeError(f"{where}: {value!r} must be a number of at least 0")
 
 
 @dataclass
@@ -186,6 +203,48 @@ class GrowSection:
 
 
 @dataclass
+class SpeedSection:
+    """The same results, sooner or in less memory."""
+
+    fused_loss: str = "auto"  # auto (liger on a GPU that has it), liger, chunked, off; see model/loss.py
+    compile_layers: bool = False  # torch.compile of each decoder layer; see training/compiling.py
+
+
+@dataclass
+class LoraSection:
+    """Low-rank adapters on the decoder (LoRA, 2106.09685) through peft; see training/lora.py and docs/lora.md."""
+
+    rank: int = 128  # of each adapter; of stacked experts, of each expert
+    alpha: float = 256.0  # the adapters are scaled by alpha / rank
+    dropout: float = 0.0  # of an adapter's input; experts take none
+    targets: list[str] = field(default_factory=list)  # attention, mlp, experts, or ends of paths; empty is all
+    rslora: bool = False  # scale by alpha / sqrt(rank) (2312.03732)
+    quantize: str | None = None  # nf4: the frozen linear layers in 4 bits (QLoRA, 2305.14314)
+
+
+@dataclass
+class ScoringSection:
+    """Scores on small local tasks while the run trains; see training/scoring.py."""
+
+    data: str = MISSING  # folder with the parquet files of the tasks, as `llava-moe eval --data`
+    tasks: list[str] = MISSING  # local tasks: local_gqa, local_pope, local_mmbench
+    every: int = MISSING  # score after every so many steps; a multiple of train.logging_steps
+    limit: int | None = None  # only the first so many records of each task; null takes all
+    batch_size: int = 16  # prompts that are answered together
+
+
+@dataclass
+class TelemetrySection:
+    """What is watched of the routing while a run trains, and what is done when it collapses."""
+
+    every: int = 1  # the routing of every N-th micro-batch is measured; 0 measures none
+    images: bool = True  # for each expert, the share of image tokens
+    dead_share: float = 0.1  # an expert is dead below this share of an even load
+    on_collapse: str = "warn"  # or stop: a run whose routing has collapsed ends with an error
+    alarms: dict[str, Any] = field(default_factory=dict)  # name: {option: value}, null for off; training/alarms.py
+
+
+@dataclass
 class RunConfig:
     """One training run. `train` is handed to transformers' TrainingArguments and checked against its fields."""
 
@@ -195,9 +254,14 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     balance: BalanceSection = field(default_factory=BalanceSection)
+    telemetry: TelemetrySection = field(default_factory=TelemetrySection)
+    speed: SpeedSection = field(default_factory=SpeedSection)
     upcycle: UpcycleSection | None = None
     grow: GrowSection | None = None
+    scoring: ScoringSection | None = None  # null trains without scoring
+    lora: LoraSection | None = None  # null trains the parts of stage.learning_rates as they are
     deepspeed: str | None = None  # a DeepSpeed JSON; null trains with plain DDP
+    expert_parallel: int | None = None  # ranks that share the decoder's experts (ZeRO-1, 2); null: all on every rank
     train: dict[str, Any] = field(default_factory=dict)
 
 
@@ -290,11 +354,15 @@ _SECTIONS: dict[str, type] = {
         StageSection,
         DataSection,
         BalanceSection,
+        TelemetrySection,
+        SpeedSection,
         NamedSection,
         PartSection,
         CalibrationSection,
         UpcycleSection,
         GrowSection,
+        ScoringSection,
+        LoraSection,
     )
 }
 
@@ -308,6 +376,7 @@ def _to_object(merged: DictConfig, path: Path) -> RunConfig:
     assert isinstance(config, RunConfig)
     config.balance.weighted_losses()
     config.balance.controller_options()
+    config.stage.check_decay()
     return config
 
 

@@ -21,8 +21,10 @@ _BESIDE = {"eval": ("lmms-eval",)}
 _FEATURES: dict[str, tuple[str, ...]] = {  # the extras that each needs
     "train in one process, chat": (),
     "train with DeepSpeed": ("train",),
+    "LoRA on a base in 4 bits": ("qlora",),
     "eval": ("eval",),
     "demo": ("demo",),
+    "analyze": ("analysis",),
     "quickstart": ("train", "eval", "quickstart"),
 }
 

@@ -5,10 +5,12 @@ cd "$REPO"
 [ -d .venv/bin ] && export PATH="$REPO/.venv/bin:$PATH"
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False
 
+source "$REPO/scripts/supervise.sh"
 fail() { echo "error: $*" >&2; exit 2; }
 need_llava_moe() { command -v llava-moe >/dev/null || fail "llava-moe is not installed: bash scripts/install.sh"; }
 
 # launch RECIPE [key=value ...]: one process per GPU, or NPROC processes (default 1) on a CPU, through DeepSpeed.
+# SIGTERM makes the run save and leave with the exit code 75; started again, it goes on.
 # HOSTFILE=FILE starts them on several nodes, as many on each as its line says (scripts/train/hostfile.example).
 launch() {
   need_llava_moe
@@ -23,7 +25,8 @@ launch() {
   [ "${DRY_RUN:-0}" = 1 ] && { [ -z "${HOSTFILE:-}" ] || export NPROC; exec python -m llava_moe.train "$@"; }
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( cores / ranks > 0 ? cores / ranks : 1 ))}
   local port=${MASTER_PORT:-$(python -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])')}
+  RUN=("$@")
   echo "+ deepspeed $where --module llava_moe.train $*"
   # shellcheck disable=SC2086  # two words
-  deepspeed $where --no_local_rank --master_port "$port" --module llava_moe.train "$@"
+  supervise deepspeed $where --no_local_rank --master_port "$port" --module llava_moe.train "$@"
 }

@@ -1,19 +1,20 @@
-"""Looks for broken records and images before any compute is spent."""
+"""Looks for broken records and images of plain data files before any compute is spent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from llava_moe.data.image import load_image
-from llava_moe.data.schema import DataError, Sample, load_records, parse_record
+from llava_moe.data.parallel import usable_cores
+from llava_moe.data.records import Source, open_plain, walk
+from llava_moe.data.schema import DataError
 
 MAX_SHOWN = 10
-
-Source = tuple[str | Path, str | Path]
-"""(data file, image folder)"""
+_BLOCK = 1024
 
 
 @dataclass
@@ -29,72 +30,64 @@ class CheckReport:
         raise_problems(self.problems, self.num_records)
 
 
-def raise_problems(problems: Sequence[str], num_records: int) -> None:
-    """One error for all problems; nothing if there are none."""
+def raise_problems(problems: Sequence[str], num_records: int, total: int | None = None) -> None:
+    """One error for all problems; nothing if there are none.
+
+    Args:
+        problems: what is wrong, or as much of it as was kept.
+        num_records: records that were looked at.
+        total: how many problems there were, if not all were kept.
+    """
     if not problems:
         return
+    total = len(problems) if total is None else total
     shown = "\n".join(f"  - {problem}" for problem in problems[:MAX_SHOWN])
-    more = f"\n  ... and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-    raise DataError(f"{len(problems)} problem(s) in {num_records} record(s):\n{shown}{more}")
+    more = f"\n  ... and {total - MAX_SHOWN} more" if total > MAX_SHOWN else ""
+    raise DataError(f"{total} problem(s) in {num_records} record(s):\n{shown}{more}")
 
 
-def read_sources(sources: Sequence[Source]) -> tuple[list[Sample], list[str]]:
-    """Parses every record of every data file and looks whether the image files exist; opens no image.
-
-    Returns:
-        The good samples in order, and one message for each bad record or unreadable file.
-    """
-    samples: list[Sample] = []
-    problems: list[str] = []
-    exists: dict[Path, bool] = {}
-    for json_path, image_folder in sources:
-        try:
-            records = load_records(Path(json_path))
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        for record in records:
-            try:
-                sample = parse_record(record, Path(image_folder), str(json_path))
-            except DataError as error:
-                problems.append(str(error))
-                continue
-            missing = [path for path in sample.files if not exists.setdefault(path, path.is_file())]
-            if missing:
-                kind = "image" if sample.video is None else "video"
-                problems.append(
-                    f"{json_path}: record {sample.id!r}: {kind} {missing[0]} does not exist; check the image folder"
-                )
-            else:
-                samples.append(sample)
-    return samples, problems
-
-
-def check_sources(sources: Sequence[Source], *, num_workers: int = 8) -> CheckReport:
+def check_sources(
+    sources: Sequence[Source],
+    *,
+    num_workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
     """Checks every record and decodes every image once, frames that are files included; video files are only found.
 
     Args:
         sources: data files with their image folders.
-        num_workers: threads (PIL decodes outside the interpreter lock).
+        num_workers: threads (PIL decodes outside the interpreter lock); None: one for each core.
+        progress: is told how many images are done, and of how many.
 
     Returns:
-        The report of all problems, in the order of the data.
+        The report of all problems: those of the records in the order of the data, then those of the images.
     """
-    samples, problems = read_sources(sources)
-    first_user: dict[Path, Sample] = {}
-    for sample in samples:
+    readers, problems = open_plain(sources)
+    num_records = len(problems)
+    first_user: dict[Path, tuple[str, str]] = {}  # of each image: the record, and its data file
+    for found in walk(readers):
+        num_records += 1
+        if found.sample is None:
+            problems.append(found.problem)
+            continue
+        sample = found.sample
         for path in sample.files if sample.video is None or isinstance(sample.video, tuple) else ():
-            first_user.setdefault(path, sample)
+            first_user.setdefault(path, (sample.id, sample.source))
 
-    def decode(item: tuple[Path, Sample]) -> str | None:
-        path, sample = item
+    def decode(item: tuple[Path, tuple[str, str]]) -> str | None:
+        path, (sample_id, source) = item
         try:
-            load_image(path, sample.id)
+            load_image(path, sample_id)
         except DataError as error:
-            return f"{sample.source}: {error}"
+            return f"{source}: {error}"
         return None
 
-    with ThreadPoolExecutor(max_workers=num_workers) as pool:
-        found = [problem for problem in pool.map(decode, first_user.items()) if problem is not None]
-    num_broken_records = len(problems)
-    return CheckReport(len(samples) + num_broken_records, len(first_user), problems + found)
+    images = iter(first_user.items())
+    done = 0
+    with ThreadPoolExecutor(max_workers=num_workers or usable_cores()) as pool:
+        while block := list(islice(images, _BLOCK)):  # a pool takes all that it is given at once, one object for each
+            problems += [problem for problem in pool.map(decode, block) if problem is not None]
+            done += len(block)
+            if progress is not None:
+                progress(done, len(first_user))
+    return CheckReport(num_records, len(first_user), problems)

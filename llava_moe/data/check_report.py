@@ -35,6 +35,8 @@ def as_json(report: MixtureReport) -> dict[str, Any]:
         "truncated": report.truncated,
         "left_out": report.left_out,
         "images": report.images,
+        "decoded": report.decoded,
+        "seconds": round(report.seconds, 1),
         "problems": {
             kind: {"count": count, "examples": report.examples[kind]} for kind, count in report.counts.items()
         },
@@ -62,7 +64,10 @@ def as_text(report: MixtureReport) -> str:
     lines = ["sources"]
     lines += [f"  {s.path}: {s.records:,} records, {s.drawn:,} in an epoch" for s in report.sources]
     cut = f", {report.truncated:,} of them cut to the maximal length" if report.truncated else ""
-    lines.append(f"checked {report.records:,} records and {report.images:,} images: {report.kept:,} can be used{cut}")
+    images = f"{report.images:,} images" + ("" if report.decoded else " (looked for, not decoded)")
+    lines.append(f"checked {report.records:,} records and {images}: {report.kept:,} can be used{cut}")
+    if report.images and report.seconds:
+        lines.append(f"took {report.seconds:,.1f} s, {report.images / report.seconds:,.0f} images a second")
     if report.left_out:
         said = ", ".join(f"{count:,} {kind}" for kind, count in sorted(report.left_out.items(), key=lambda i: -i[1]))
         lines.append(f"left out: {said}")

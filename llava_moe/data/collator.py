@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from llava_moe.data.broken import KEY, split
 from llava_moe.data.conversation import IGNORE_INDEX
 from llava_moe.data.processing import LlavaMoeProcessor
 from llava_moe.data.schema import DataError
 from llava_moe.data.visuals import join_visuals
 
+PADDING = -1
+"""The sequence id of padding in a packed batch."""
 _TILED_KEYS = ("image_sizes", "num_tiles", "is_video", "image_tokens")
 
 
@@ -65,9 +68,32 @@ class Collator:
             input_ids, attention_mask, labels (B, S), and pixel_values (n, 3, H, W) or vision_features (n, N, C); n is
             at least 1. With tiles also what `llava_moe.data.visuals` lists, as Python numbers.
 
+        Samples that broke when they were read (`data/broken.py`) are left out; their messages are under "broken". If
+        none is left, the batch is that of `nothing`.
+
         Raises:
             DataError: a sample's placeholders do not match its images; names the sample.
         """
+        whole, broken = split(samples)
+        batch = self._batch(whole) if whole else self.nothing()
+        return {**batch, KEY: broken} if broken else batch
+
+    def nothing(self) -> dict[str, Any]:
+        """A batch of padding alone, for a step in which this rank has no sample: it keeps pace and adds no loss.
+
+        It has the form of a packed batch, whose padding no balance loss counts while attention sees an ordinary row; a
+        row that is masked from end to end gives NaN in some kernels.
+        """
+        ids = torch.full((1, 2), self.pad_token_id, dtype=torch.long)
+        return {
+            "input_ids": ids,
+            "labels": torch.full_like(ids, IGNORE_INDEX),
+            "position_ids": torch.arange(2).unsqueeze(0),
+            "sequence_ids": torch.full_like(ids, PADDING),
+            **self._dummy(1),
+        }
+
+    def _batch(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for sample in samples:
             self._check(sample)
         ids = [sample["input_ids"] for sample in samples]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from torch.utils.data import Dataset
 
-from llava_moe.data.check import Source, raise_problems, read_sources
-from llava_moe.data.feature_store import FeatureStore, image_key
+from llava_moe.data.broken import broken_item
+from llava_moe.data.check import raise_problems
+from llava_moe.data.feature_store import FeatureStore
 from llava_moe.data.image import load_image
 from llava_moe.data.image_tiles import read_size
 from llava_moe.data.image_video import load_frames, num_shown
 from llava_moe.data.processing import LlavaMoeProcessor
+from llava_moe.data.records import Places, Records, Source, open_plain, walk
 from llava_moe.data.schema import DataError, Sample
+from llava_moe.data.stored_images import StoredImages
 from llava_moe.data.visuals import Shape, Visual, shape_of
 
 Overlong = Literal["error", "skip", "truncate"]
+TILES_ARE_NOT_STORED = "features of whole images are stored, and this model is shown tiles; leave feature_cache out"
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
@@ -25,7 +30,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     The constructor parses every record, looks for every image file and renders every conversation; only samples that
     might be longer than `max_length` are tokenised there (a token has at least one byte, so most are known not to be).
-    Images are decoded in `__getitem__`; where they are cut into tiles, the constructor reads the size of each.
+    Images are decoded in `__getitem__`; where they are cut into tiles, the constructor reads the size of each. Records
+    are not kept but read from their files again, so the data may be larger than memory.
 
     Args:
         sources: (data file, image folder) pairs.
@@ -35,9 +41,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             end off; samples whose images or whole answers would be cut are left out. Both are counted in `report`.
         feature_store: gives "vision_features" instead of "pixel_values".
 
+    Attributes:
+        hands_over: a sample that breaks when it is read (a picture that was cut off since the check) comes as the item
+            of `broken.broken_item` instead of an error, for the run to refuse or to count; see `training/skipping.py`.
+
     Raises:
         DataError: one error that lists the first ten problems.
     """
+
+    hands_over = False
 
     def __init__(
         self,
@@ -53,24 +65,36 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.max_length = max_length
         self.overlong = overlong
         self.feature_store = feature_store
-        samples, problems = read_sources(sources)
-        self._report = {"records": len(samples) + len(problems), "used": 0, "skipped_overlong": 0, "truncated": 0}
-        self.samples: list[Sample] = []
-        self.lengths: list[int] = []
-        """Tokens of each sample, estimated for short ones: good enough to group samples of similar length."""
-        for sample in samples:
+        readers, problems = open_plain(sources)
+        self._report = {"records": len(problems), "used": 0, "skipped_overlong": 0, "truncated": 0}
+        self._stored = None if feature_store is None else StoredImages(feature_store)
+        places, lengths, visuals = Places(), array("i"), array("h")
+        if self._stored is not None and processor.tiling is not None:
+            problems.append(TILES_ARE_NOT_STORED)
+        for found in walk(readers):
+            self._report["records"] += 1
             try:
-                length = self._admit(sample, overlong)
+                length = self._admit(found.sample, overlong) if found.sample is not None else None
+                if found.sample is not None and length is not None:
+                    places.add(found.file, found.locator)
+                    lengths.append(length)
+                    visuals.append(found.sample.num_visuals)
+                    if self._stored is not None:
+                        self._stored.add(found.sample)
             except DataError as error:
                 problems.append(str(error))
-                continue
-            if length is not None:
-                self.samples.append(sample)
-                self.lengths.append(length)
+            if found.problem:
+                problems.append(found.problem)
+        self.samples: Sequence[Sample] = Records(readers, places.table())
+        self.lengths: np.ndarray = np.array(lengths, np.int32)
+        """Tokens of each sample, estimated for short ones: good enough to group samples of similar length."""
+        self.visuals: np.ndarray = np.array(visuals, np.int16)
+        """Images and videos of each sample."""
         self._report["used"] = len(self.samples)
-        self._keys = self._feature_keys(problems)
+        if self._stored is not None:
+            self._stored.finish()
         raise_problems(problems, self._report["records"])
-        if not self.samples:
+        if not len(self.samples):
             raise DataError(
                 f"no sample is left of {self._report['records']} record(s) in {[str(path) for path, _ in sources]}; "
                 f"{self._report['skipped_overlong']} were longer than max_length {max_length}"
@@ -113,34 +137,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return [read_size(path, sample.id) for path in sample.images]
 
     def _visuals(self, sample: Sample) -> list[Visual]:
-        if sample.video is not None:
-            return [load_frames(sample.video, self.processor.num_frames, sample.id)]
-        return [load_image(path, sample.id) for path in sample.images]
-
-    def _feature_keys(self, problems: list[str]) -> dict[Path, str]:
-        if self.feature_store is None:
-            return {}
-        if self.processor.tiling is not None:
-            problems.append(
-                "features of whole images are stored, and this model is shown tiles; leave feature_cache out"
-            )
-        keys: dict[Path, str] = {}
-        for sample in self.samples:
+        try:
             if sample.video is not None:
-                problems.append(
-                    f"{sample.source}: record {sample.id!r}: is a video, and only features of images are stored; leave "
-                    "feature_cache out"
-                )
-            for path in sample.images:
-                if path in keys:
-                    continue
-                keys[path] = image_key(path)
-                if keys[path] not in self.feature_store:
-                    problems.append(
-                        f"{sample.source}: record {sample.id!r}: image {path} is not in the feature store "
-                        f"{self.feature_store.path}; write the store again for this data"
-                    )
-        return keys
+                return [load_frames(sample.video, self.processor.num_frames, sample.id)]
+            return [load_image(path, sample.id) for path in sample.images]
+        except DataError as error:
+            raise DataError(f"{sample.source}: {error}") from error
 
     def report(self) -> dict[str, int]:
         """Counts: records, used, skipped_overlong, truncated."""
@@ -155,9 +157,17 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         That is pixel_values (n, 3, H, W) and with tiles what belongs to it, or vision_features (n, N, C) of the store.
 
         Raises:
-            DataError: an image cannot be decoded; names the record and the file.
+            DataError: an image cannot be decoded; names the record and the file. With `hands_over` nothing is raised
+                and the item is that of `broken.broken_item`.
         """
-        sample = self.samples[index]
+        try:
+            return self._item(index, self.samples[index])
+        except DataError as error:
+            if not self.hands_over:
+                raise
+            return broken_item(error)
+
+    def _item(self, index: int, sample: Sample) -> dict[str, Any]:
         item: dict[str, Any] = {"sample_id": sample.id}
         visuals = [] if self.feature_store is not None else self._visuals(sample)
         shapes = [shape_of(visual) for visual in visuals] or self._shapes(sample)
@@ -175,6 +185,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             )
         item["input_ids"] = encoded["input_ids"][: self.max_length]
         item["labels"] = encoded["labels"][: self.max_length]
-        if sample.images and self.feature_store is not None:
-            item["vision_features"] = self.feature_store.get([self._keys[path] for path in sample.images])
+        if sample.images and self._stored is not None:
+            item["vision_features"] = self._stored.features(index)
         return item

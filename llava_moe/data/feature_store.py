@@ -177,4 +177,12 @@ class FeatureStore:
             raise DataError(
                 f"feature store {self.path} lacks the image with key {missing[0]}; write it again for this data"
             )
-        return torch.from_numpy(self._features[[self._rows[key] for key in keys]].astype(np.float32))
+        return self.take(np.array([self._rows[key] for key in keys], np.int64))
+
+    def row(self, key: str) -> int | None:
+        """The row of an image, for `take`; None if it is not in the store."""
+        return self._rows.get(key)
+
+    def take(self, rows: np.ndarray) -> torch.Tensor:
+        """Features by their rows: (len(rows), num_tokens, channels) float32."""
+        return torch.from_numpy(self._features[rows].astype(np.float32))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from llava_moe.data.checking import encode, processor_mark
-from llava_moe.data.dataset import ConversationDataset, Overlong
+from llava_moe.data.check import raise_problems
+from llava_moe.data.checking import processor_mark
+from llava_moe.data.dataset import TILES_ARE_NOT_STORED, ConversationDataset, Overlong
 from llava_moe.data.feature_store import FeatureStore
 from llava_moe.data.image_tiles import read_size
 from llava_moe.data.index import RecordIndex
+from llava_moe.data.parallel import in_order, usable_cores
 from llava_moe.data.processing import LlavaMoeProcessor
-from llava_moe.data.schema import DataError, Sample
+from llava_moe.data.record_check import encode
+from llava_moe.data.schema import DataError
+from llava_moe.data.stored_images import StoredImages
 
 OnProblem = Literal["refuse", "skip"]
+_BLOCK = 64
 
 
 class IndexedDataset(ConversationDataset):
@@ -58,13 +64,29 @@ class IndexedDataset(ConversationDataset):
                 f"{self.index.folder}: the check left records out ({dict(tally.left_out)} of {tally.records}); mend "
                 "the data, or set data.on_problem to skip to train without them"
             )
-        self.samples = cast(list[Sample], self.index)  # a sequence that reads from disk
+        self.samples = self.index  # a sequence that reads from disk
         assert self.index.lengths is not None
-        self.lengths: Any = self.index.lengths
-        problems: list[str] = []
-        self._keys = self._feature_keys(problems)
-        if problems:
-            raise DataError(f"{len(problems)} problem(s): {problems[0]}")
+        self.lengths = self.index.lengths
+        self.visuals = self.index.rows["visuals"]
+        self._stored = None if feature_store is None else self._in_store(feature_store)
+
+    def _in_store(self, feature_store: FeatureStore) -> StoredImages:
+        """The rows of all images, which takes one pass over the records.
+
+        Raises:
+            DataError: one error for all samples whose features are not there.
+        """
+        stored, problems = StoredImages(feature_store), []
+        if self.processor.tiling is not None:
+            problems.append(TILES_ARE_NOT_STORED)
+        for sample in self.samples:
+            try:
+                stored.add(sample)
+            except DataError as error:
+                problems.append(str(error))
+        stored.finish()
+        raise_problems(problems, len(self.samples))
+        return stored
 
     def _all_skipped(self) -> bool:
         """Whether all that was left out was too long, and the recipe itself says to skip that."""
@@ -98,20 +120,32 @@ class IndexedDataset(ConversationDataset):
         }
 
 
-def has_visuals(dataset: ConversationDataset) -> list[bool]:
-    """Whether each sample has an image or a video."""
-    if isinstance(dataset, IndexedDataset):
-        return [bool(count) for count in dataset.index.rows["visuals"].tolist()]
-    return [sample.num_visuals > 0 for sample in dataset.samples]
+def has_visuals(dataset: ConversationDataset) -> np.ndarray:
+    """Whether each sample has an image or a video, bool."""
+    return dataset.visuals > 0
 
 
-def exact_lengths(dataset: ConversationDataset) -> np.ndarray:
-    """Tokens of every sample, int32, as packing needs them; tokenises all of them where no index knows them already."""
+def exact_lengths(dataset: ConversationDataset, workers: int | None = None) -> np.ndarray:
+    """Tokens of every sample, int32, as packing needs them; tokenises all of them where no index knows them already.
+
+    Args:
+        dataset: of either kind.
+        workers: processes, 0 for this one alone; None: one for each core where there is enough to do.
+    """
     if isinstance(dataset, IndexedDataset):
         return np.asarray(dataset.lengths)
-    lengths = np.empty(len(dataset), np.int32)
-    for number, sample in enumerate(dataset.samples):
-        tiled = dataset.processor.tiling is not None
+    if workers is None:
+        workers = min(usable_cores(), len(dataset) // 512)
+    blocks = [range(start, min(start + _BLOCK, len(dataset))) for start in range(0, len(dataset), _BLOCK)]
+    found = in_order(partial(_lengths, dataset), blocks, workers)
+    return np.concatenate([*found, np.zeros(0, np.int32)]).astype(np.int32)
+
+
+def _lengths(dataset: ConversationDataset, block: range) -> np.ndarray:
+    lengths = np.empty(len(block), np.int32)
+    tiled = dataset.processor.tiling is not None
+    for place, number in enumerate(block):
+        sample = dataset.samples[number]
         sizes = [read_size(image, sample.id) if tiled else (1, 1) for image in sample.images]
-        lengths[number] = min(len(encode(dataset.processor, sample, sizes)[0]), dataset.max_length)
+        lengths[place] = min(len(encode(dataset.processor, sample, sizes)[0]), dataset.max_length)
     return lengths

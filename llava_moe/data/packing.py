@@ -24,11 +24,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from llava_moe.data.broken import KEY, split
+from llava_moe.data.collator import PADDING, Collator
 from llava_moe.data.conversation import IGNORE_INDEX
 from llava_moe.data.schema import DataError
-
-PADDING = -1
-"""The sequence id of padding."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +131,15 @@ class PackedDataset(Dataset[list[dict[str, Any]]]):
         return len(self.plan.packs)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        """The items of a pack.
+        """The items of a pack; one that broke when it was read stands there as `data/broken.py` says.
 
         Raises:
             DataError: the items are longer than was planned with (of a video file the length is a bound).
         """
         items = [self.samples[sample] for sample in self.plan.packs[index]]
-        found = sum(len(item["input_ids"]) for item in items)
+        found = sum(len(item["input_ids"]) for item in split(items)[0])
         if found > self.plan.lengths[index]:
-            names = ", ".join(repr(item["sample_id"]) for item in items)
+            names = ", ".join(repr(item["sample_id"]) for item in split(items)[0])
             raise DataError(
                 f"the samples {names} have {found} tokens, but were packed as {self.plan.lengths[index]}; their "
                 "lengths were measured with another processor"
@@ -168,13 +167,13 @@ class PackingCollator:
             time waiting for the device.
     """
 
-    collator: Any
+    collator: Collator
     pad_token_id: int
     flat: bool = False
     varlen: bool = False
 
     @staticmethod
-    def for_attention(collator: Any, pad_token_id: int, attn_implementation: str) -> PackingCollator:
+    def for_attention(collator: Collator, pad_token_id: int, attn_implementation: str) -> PackingCollator:
         """The one that goes with an attention implementation of transformers."""
         flash = "flash" in attn_implementation
         return PackingCollator(collator, pad_token_id, flat=flash, varlen=flash)
@@ -186,11 +185,22 @@ class PackingCollator:
             input_ids, labels, position_ids, sequence_ids (B, S), B = 1 if flat; what the collator made of the images;
             with `varlen` cu_seq_lens_q, cu_seq_lens_k (N + 1,) int32 and max_length_q, max_length_k. There is no
             attention_mask: with one, transformers would let the samples of a row see each other.
+
+        Samples that broke when they were read are left out of their pack, and a pack of which nothing is left out of
+        the batch; see `Collator`.
         """
-        batch = dict(self.collator([item for pack in packs for item in pack]))
+        whole, broken = split([item for pack in packs for item in pack])
+        left = [pack for pack in (split(pack)[0] for pack in packs) if pack]
+        batch = self._batch([whole] if self.flat else left, whole) if whole else self.collator.nothing()
+        if self.varlen:
+            batch |= _boundaries(batch["position_ids"])
+        return {**batch, KEY: broken} if broken else batch
+
+    def _batch(self, packs: Sequence[Sequence[dict[str, Any]]], items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = dict(self.collator(items))
         for key in ("input_ids", "attention_mask", "labels"):
             del batch[key]
-        rows = [_row(pack) for pack in ([[item for pack in packs for item in pack]] if self.flat else packs)]
+        rows = [_row(pack) for pack in packs]
         fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "sequence_ids": PADDING, "position_ids": 0}
         for key, value in fill.items():
             batch[key] = pad_sequence([row[key] for row in rows], batch_first=True, padding_value=value)
@@ -199,7 +209,7 @@ class PackingCollator:
             length = len(made["input_ids"])
             # counted on from 0, so that padding is one sequence of its own
             batch["position_ids"][row, length:] = torch.arange(width - length)
-        return {**batch, **_boundaries(batch["position_ids"])} if self.varlen else batch
+        return batch
 
 
 def _row(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

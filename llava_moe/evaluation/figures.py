@@ -1,4 +1,4 @@
-"""The report's figures as inline SVG whose ink follows the page's text colour, so that they suit light and dark."""
+"""Figures of reports as inline SVG whose ink follows the page's text colour, so that they suit light and dark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SERIES = (BLUE, ORANGE, GREEN, "#b56aa0", "#c8553d", "#5f7d95")
 PANEL = (3.1, 2.0)  # inches; the page lays the panels out in a grid that suits its width
 MAX_POINTS = 400  # more are invisible at this size and make the page heavy
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
     "font.size": 9,
     "axes.edgecolor": INK,
@@ -41,7 +41,7 @@ def scores(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     kinds = (("moe", "MoE", BLUE, "o"), ("dense", "dense control", ORANGE, "s"))
     baselines = (("blind", "blind", INK, "x"), ("majority", "majority", GREY, "d"))
     names = list(tasks)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 0.9 + 0.42 * len(names)), layout="constrained")
         axes = figure.subplots()
         for offset, (kind, label, colour, marker) in zip((-0.14, 0.14), kinds, strict=True):
@@ -59,7 +59,7 @@ def scores(tasks: Mapping[str, Mapping[str, Any]]) -> str:
         axes.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.6)
         figure.legend(loc="outside upper center", ncols=4, handletextpad=0.3, columnspacing=1.2)
         summary = "; ".join(f"{n} MoE {100 * r['moe']:.0f}, dense {100 * r['dense']:.0f}" for n, r in tasks.items())
-        return _svg(figure, "scores", f"Scores in percent with 95 % intervals: {summary}")
+        return svg(figure, "scores", f"Scores in percent with 95 % intervals: {summary}")
 
 
 def losses(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
@@ -71,15 +71,15 @@ def losses(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
             raise EvaluationError(f"the log of stage {stage!r} holds no point with a loss")
         steps, values = [point["step"] for point in points], [point["loss"] for point in points]
         thin = max(1, math.ceil(len(points) / MAX_POINTS))
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             figure = Figure(figsize=PANEL, layout="constrained")
             axes = figure.subplots()
             axes.plot(steps[::thin], values[::thin], color=BLUE, linewidth=0.7, alpha=0.45)
-            axes.plot(steps[::thin], _smooth(values)[::thin], color=BLUE, linewidth=1.5, label="loss")
+            axes.plot(steps[::thin], smooth(values)[::thin], color=BLUE, linewidth=1.5, label="loss")
             _other_losses(axes, points, thin)
             axes.set(title=stage, xlabel="step", ylim=(0, None))
-            summary = f"Training loss of {stage}: from {values[0]:.2f} to {_smooth(values)[-1]:.2f}"
-            drawn.append(_svg(figure, f"losses-{len(drawn)}", summary))
+            summary = f"Training loss of {stage}: from {values[0]:.2f} to {smooth(values)[-1]:.2f}"
+            drawn.append(svg(figure, f"losses-{len(drawn)}", summary))
     return drawn
 
 
@@ -88,14 +88,14 @@ def expert_load(layers: Mapping[str, Sequence[float]]) -> list[str]:
     top = 108 * max(max(shares) for shares in layers.values())
     drawn: list[str] = []
     for layer, shares in layers.items():
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             figure = Figure(figsize=(PANEL[0], 1.5), layout="constrained")
             axes = figure.subplots()
             axes.bar(range(len(shares)), [100 * share for share in shares], color=BLUE, width=0.75)
             axes.axhline(100 / len(shares), color=INK, linewidth=1, linestyle="--")
-            axes.set(title=layer, xticks=_few(len(shares)), ylim=(0, top), ylabel="tokens, %")
+            axes.set(title=layer, xticks=few(len(shares)), ylim=(0, top), ylabel="tokens, %")
             summary = ", ".join(f"{100 * share:.0f}" for share in shares)
-            drawn.append(_svg(figure, f"load-{len(drawn)}", f"Share of tokens per expert of {layer}, %: {summary}"))
+            drawn.append(svg(figure, f"load-{len(drawn)}", f"Share of tokens per expert of {layer}, %: {summary}"))
     return drawn
 
 
@@ -104,7 +104,7 @@ def family_load(families: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     layers = list(next(iter(families.values())))
     widths = [len(next(iter(families.values()))[layer]) for layer in layers]
     rows = [[100 * share for layer in layers for share in load[layer]] for load in families.values()]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 1.3 + 0.24 * len(rows)), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
@@ -116,13 +116,13 @@ def family_load(families: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         axes.set_yticks(range(len(rows)), [name.replace("_", " ") for name in families])
         axes.tick_params(length=0)
         figure.colorbar(image, ax=axes, label="tokens, %", fraction=0.04)
-        return _svg(figure, "families", "Share of tokens per expert (columns, by layer) and question family (rows)")
+        return svg(figure, "families", "Share of tokens per expert (columns, by layer) and question family (rows)")
 
 
 def seconds(stages: Mapping[str, float]) -> str:
     """Wall-clock time of each stage as bars."""
     names, values = list(stages), list(stages.values())
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 0.6 + 0.27 * len(names)), layout="constrained")
         axes = figure.subplots()
         bars = axes.barh(range(len(names)), values, color=GREEN, height=0.65)
@@ -131,7 +131,7 @@ def seconds(stages: Mapping[str, float]) -> str:
         axes.set_xlim(0, 1.15 * max([*values, 1e-9]))
         axes.invert_yaxis()
         axes.set_xlabel("seconds")
-        return _svg(figure, "seconds", "; ".join(f"{name}: {value:.0f} s" for name, value in stages.items()))
+        return svg(figure, "seconds", "; ".join(f"{name}: {value:.0f} s" for name, value in stages.items()))
 
 
 def _other_losses(axes: Any, points: Sequence[Mapping[str, float]], thin: int) -> None:
@@ -149,7 +149,7 @@ def _other_losses(axes: Any, points: Sequence[Mapping[str, float]], thin: int) -
     right.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
 
 
-def _smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
+def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
     """Mean of a window around each point, so that a trend shows through the batches' noise."""
     half = max(1, round(share * len(values) / 2))
     sums = [0.0, *itertools.accumulate(values)]
@@ -157,16 +157,23 @@ def _smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
     return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
 
 
-def _few(count: int) -> list[int]:
+def few(count: int) -> list[int]:
+    """At most eight tick positions for as many columns."""
     return list(range(0, count, max(1, math.ceil(count / 8))))
 
 
-def _svg(figure: Figure, name: str, description: str) -> str:
+def svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an inline SVG.
+
+    Args:
+        name: another for each figure of a page.
+        description: for those who do not see it.
+    """
     buffer = io.StringIO()
     # A salt of its own keeps the ids of several SVGs in one page apart, and the same from run to run.
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"llava_moe-{name}"}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": f"llava_moe-{name}"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    svg = text[text.index("<svg") :].replace(INK, "currentColor")
+    drawn = text[text.index("<svg") :].replace(INK, "currentColor")
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

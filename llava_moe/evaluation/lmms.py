@@ -120,7 +120,8 @@ class LlavaMoe(lmms):  # type: ignore[misc]
             raise EvaluationError(f"device {device!r} cannot be used by {self._world_size} processes; leave it out")
         if pretrained is not None:
             model, processor = load_checkpoint(str(pretrained), parse_dtype(dtype))
-        self.model = model.to(self.device).eval()
+        # a quantised model is where it was made, and refuses to be moved
+        self.model = (model if getattr(model, "is_quantized", False) else model.to(self.device)).eval()
         self.dtype: torch.dtype = self.model.dtype
         self.processor = processor
 

@@ -9,17 +9,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from llava_moe.evaluation import EvaluationError, records, stats
-from llava_moe.evaluation.registry import MODEL_ID
-from llava_moe.evaluation.tasks import LOCAL_TASKS, SPLIT, TASKS_FOLDER
+from llava_moe.evaluation.machinery import offline, run_lmms_eval, task_manager
+from llava_moe.evaluation.tasks import LOCAL_TASKS
 from llava_moe.registry import near_misses
 
 PACKAGES = ("llava_moe", "lmms-eval", "torch", "transformers", "datasets", "pillow", "numpy")
@@ -59,7 +57,7 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit must be a whole number from 1 on, not {limit}")
-    files, sources = records.checkpoint_files(checkpoint), _check_tasks(tasks, data)
+    files, sources = records.checkpoint_files(checkpoint), check_tasks(tasks, data)
     all_local = len(sources) == len(tasks)
     key: dict[str, Any] = {
         "checkpoint_sha256": records.sha256_of(files),
@@ -76,15 +74,23 @@ def evaluate(
     (out / records.RESULTS_FILE).unlink(missing_ok=True)  # never an old score beside new answers
 
     start = time.perf_counter()
-    with _offline(active=all_local):
-        raw, template = _run_lmms_eval(checkpoint, sources, out, key["arguments"])
+    with offline(active=all_local):
+        adapter = _adapter(checkpoint, key["arguments"])
+        raw = run_lmms_eval(adapter, sources, out, key["arguments"])
     if raw is None:
         return {}
-    scored = _score(raw, rows, out)
-    results = {"checkpoint": str(checkpoint), **key, "template": template, **scored}
+    scored = score_answers(raw, rows, out)
+    results = {"checkpoint": str(checkpoint), **key, "template": str(adapter.processor.template), **scored}
     results["seconds"] = round(time.perf_counter() - start, 3)
     records.write_json(out / records.RESULTS_FILE, results)
     return results
+
+
+def _adapter(checkpoint: Path, arguments: dict[str, Any]) -> Any:
+    from llava_moe.evaluation.lmms import LlavaMoe
+
+    options = ("batch_size", "device", "dtype", "blank_images")
+    return LlavaMoe(pretrained=str(checkpoint), **{name: arguments[name] for name in options})
 
 
 def versions() -> dict[str, str]:
@@ -96,7 +102,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_tasks(tasks: Sequence[str], data: Path) -> dict[str, Path]:
+def check_tasks(tasks: Sequence[str], data: Path) -> dict[str, Path]:
     """Refuses unknown tasks; the data files of the local ones."""
     if not tasks:
         raise EvaluationError(f"no task given; local ones are {', '.join(LOCAL_TASKS.names())}")
@@ -107,7 +113,7 @@ def _check_tasks(tasks: Sequence[str], data: Path) -> dict[str, Path]:
         if name.startswith("local_"):
             raise EvaluationError(f"unknown task {name!r}; {near_misses(name, LOCAL_TASKS.names())}")
     if foreign:
-        known = _task_manager(include_defaults=True).all_tasks
+        known = task_manager(include_defaults=True).all_tasks
         for name in foreign:
             if name not in known:
                 raise EvaluationError(f"unknown task {name!r}; {near_misses(name, LOCAL_TASKS.names() + known)}")
@@ -122,55 +128,6 @@ def _finished_run(out: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     same = all(results.get(name) == value for name, value in key.items())
     complete = all(records.samples_path(out, name).is_file() for name in results.get("tasks", {}))
     return results if same and complete else None
-
-
-def _task_manager(include_defaults: bool) -> Any:
-    from lmms_eval.tasks import TaskManager
-
-    return TaskManager(include_path=str(TASKS_FOLDER), include_defaults=include_defaults, model_name=MODEL_ID)
-
-
-def _run_lmms_eval(
-    checkpoint: Path, sources: dict[str, Path], out: Path, arguments: dict[str, Any]
-) -> tuple[dict[str, Any] | None, str]:
-    """lmms-eval's raw results (None on ranks other than 0) and the prompt template of the checkpoint."""
-    from lmms_eval import evaluator
-
-    from llava_moe.evaluation.lmms import LlavaMoe
-
-    model = LlavaMoe(
-        pretrained=str(checkpoint),
-        batch_size=arguments["batch_size"],
-        device=arguments["device"],
-        dtype=arguments["dtype"],
-        blank_images=arguments["blank_images"],
-    )
-    names = arguments["tasks"]
-    logs = out / "lmms_eval"  # what the scorers print and write on their own
-    logs.mkdir(exist_ok=True)
-    rank = os.environ.get("RANK", "0")
-    log = logs / ("log.txt" if rank == "0" else f"log_rank{rank}.txt")
-    with tempfile.TemporaryDirectory(prefix="llava_moe_eval_") as cache, _captured(log):
-        raw = evaluator.simple_evaluate(
-            model=model,
-            tasks=[_task_config(name, sources[name], cache) if name in sources else name for name in names],
-            task_manager=_task_manager(include_defaults=len(sources) < len(names)),
-            batch_size=arguments["batch_size"],
-            limit=arguments["limit"],
-            bootstrap_iters=0,
-            log_samples=True,
-            process_docs_parallel=1,
-            cli_args=argparse.Namespace(output_path=str(logs), process_with_media=False),
-        )
-    missing = [] if raw is None else [name for name in names if name in sources and not raw["samples"].get(name)]
-    if missing:
-        raise EvaluationError(f"lmms-eval returned no answers for {', '.join(missing)}; see {log}")
-    return raw, str(model.processor.template)
-
-
-def _task_config(name: str, source: Path, cache: str) -> dict[str, Any]:
-    # A cache of its own for each run: the shared one would keep a copy of every version of the data for ever.
-    return {"task": name, "dataset_kwargs": {"data_files": {SPLIT: str(source.resolve())}, "cache_dir": cache}}
 
 
 def _samples(name: str, raw: dict[str, Any], rows: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
@@ -197,7 +154,7 @@ def _samples(name: str, raw: dict[str, Any], rows: list[dict[str, Any]] | None) 
     return samples
 
 
-def _score(raw: dict[str, Any], rows: dict[str, list[dict[str, Any]]], out: Path) -> dict[str, Any]:
+def score_answers(raw: dict[str, Any], rows: dict[str, list[dict[str, Any]]], out: Path) -> dict[str, Any]:
     """Writes the answers to each task; the scores of the tasks and families."""
     samples = {name: _samples(name, raw, rows.get(name)) for name in raw["samples"]}
     tasks = {name: _task_score(name, raw, samples[name]) for name in samples}
@@ -251,51 +208,6 @@ def _family_scores(samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             scores[family]["balanced_accuracy"] = stats.balanced_accuracy(correct, targets)
             scores[family]["balanced_interval"] = list(stats.balanced_accuracy_interval(correct, targets))
     return scores
-
-
-@contextlib.contextmanager
-def _offline(active: bool) -> Iterator[None]:
-    """Keeps the Hugging Face libraries from the network for a while, also where they are imported already."""
-    if not active:
-        yield
-        return
-    import datasets.config
-    import huggingface_hub.constants
-
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    environment = {name: os.environ.get(name) for name in names}
-    modules: list[tuple[Any, bool]] = [
-        (module, module.HF_HUB_OFFLINE) for module in (datasets.config, huggingface_hub.constants)
-    ]
-    os.environ.update(dict.fromkeys(names, "1"))
-    for module, _ in modules:
-        module.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for module, value in modules:
-            module.HF_HUB_OFFLINE = value
-        for name, before in environment.items():
-            if before is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _captured(log: Path) -> Iterator[None]:
-    """Sends what lmms-eval logs and prints to a file; its progress bars stay on the terminal."""
-    from loguru import logger
-
-    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        logger.remove()
-        logger.add(file, level="INFO")
-        logger.add(sys.stderr, level="ERROR")
-        try:
-            yield
-        finally:
-            logger.remove()
-            logger.add(sys.stderr, level="WARNING")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from llava_moe.model.modeling import CheckpointError
 from llava_moe.model.vision_load import count_tokens, load_tower
 
 IMAGE_TOKEN = "<image>"
+ADAPTER_CONFIG = "adapter_config.json"  # peft's
 _PROBE = 1 << 20
 
 
@@ -58,12 +59,18 @@ def check_checkpoint(path: str | Path, admits: Callable[[str | None], bool] | No
         admits: says of other values of model_type whether they are readable too.
 
     Raises:
-        CheckpointError: it is no directory, has no config.json or no weights, or is of another kind of model.
+        CheckpointError: it is no directory, has no config.json or no weights, holds adapters alone, or is of another
+            kind of model.
     """
     path = Path(path)
     config_file = path / "config.json"
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
+    if (path / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{path}: holds LoRA adapters and no whole model; put them into their base with `llava-moe merge {path}` "
+            "(LLaVA's own LoRA checkpoints with `llava-moe import`), and name the result"
+        )
     if not config_file.is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise CheckpointError(f"{path}: no config.json there (found {found}); name the directory of one checkpoint")
@@ -114,7 +121,9 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> Any:
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str | dict[str, str] | None = None
+) -> Any:
     """Loads a checkpoint of ours or a stock llava-hf one, in eval mode; attention is SDPA where its parts have it.
 
     Raises:

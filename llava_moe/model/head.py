@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from llava_moe.model.loss import AUTO, OFF, fused_cross_entropy, project, resolve_fused_loss
 
 
 class VocabularyProjection(nn.Linear):
@@ -48,14 +49,17 @@ class VocabularyProjection(nn.Linear):
         super().__init__(hidden, vocabulary, bias=bias, **options)
         self.scale = scale
         self.softcap = softcap
+        self.fused_loss = OFF  # how training takes the loss, set by `choose_fused_loss`
 
-    def forward(self, input: Tensor) -> Tensor:  # nn.Linear calls it so
-        logits = super().forward(input)
-        if self.scale is not None:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:  # nn.Linear calls it input
+        """The logits; or, with targets (N,) for inputs (N, D), their summed cross-entropy by `fused_loss`.
+
+        The loss is made in here because ZeRO-3 has the matrix whole only while its module runs.
+        """
+        changes = self.scale, self.softcap
+        if targets is None:
+            return project(input, self.weight, self.bias, *changes)
+        return fused_cross_entropy(self.fused_loss, input, targets, self.weight, self.bias, *changes)
 
     def with_weight(self, linear: nn.Module) -> VocabularyProjection:
         """The same changes behind another matrix, which is not copied: what resizing the vocabulary makes is bare."""
@@ -65,7 +69,7 @@ class VocabularyProjection(nn.Linear):
             raise ValueError(f"the vocabulary projection of this model is a linear map {kind}, and not {linear}")
         sizes = linear.in_features, linear.out_features
         made = VocabularyProjection(*sizes, self.scale, self.softcap, has_bias, device="meta")
-        made.weight, made.bias = linear.weight, linear.bias
+        made.weight, made.bias, made.fused_loss = linear.weight, linear.bias, self.fused_loss
         return made.train(linear.training)
 
     def extra_repr(self) -> str:
@@ -90,3 +94,26 @@ def logit_changes(decoder: Any) -> dict[str, float]:
     found = float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
     changes = {} if found == 1.0 else {"logit_scale": found}
     return changes if softcap is None else {**changes, "logit_softcap": float(softcap)}
+
+
+def choose_fused_loss(model: Any, asked: str, device: str) -> str:
+    """Sets how a model takes its loss in training, and returns what it came to: liger, chunked or off.
+
+    Args:
+        asked: auto, liger, chunked or off, see `llava_moe.model.loss`.
+        device: kind of the device that will train.
+
+    Raises:
+        ValueError: the name is unknown, the kernel cannot be had here, or the vocabulary projection is not ours.
+    """
+    head, kind = model.lm_head, resolve_fused_loss(asked, device)
+    if isinstance(head, VocabularyProjection):
+        head.fused_loss = kind
+    elif asked not in (AUTO, OFF):
+        raise ValueError(
+            f"speed.fused_loss={asked}: the vocabulary projection of this model is a {type(head).__name__}, which "
+            "makes logits alone; set speed.fused_loss=off"
+        )
+    else:
+        kind = OFF
+    return kind

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from llava_moe.model.configuration import LlavaMoeConfig
 from llava_moe.model.context import routing_context
 from llava_moe.model.head import VocabularyProjection, vocabulary_projection
+from llava_moe.model.loss import OFF
 from llava_moe.model.native import NativeLayer, watch_native
 from llava_moe.model.packing import packed_inputs
 from llava_moe.model.projectors import PROJECTORS
@@ -157,6 +159,9 @@ class MoeMixin(_InitMixin, _OuterBase):
     # Training checkpoints keep the in-memory names: the Trainer resumes by exactly these (see docs/architecture.md).
     save_original_format = False
     max_shard_size: int | str = "5GB"
+    # Names of what is saved, where most of the model stays as it was loaded (training/lora.py); None is everything.
+    saved_names: Callable[[], set[str]] | None = None
+    adapters: Any = None  # what training/lora.py has put in
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -234,9 +239,12 @@ class MoeMixin(_InitMixin, _OuterBase):
         """Next-token cross-entropy: positions 0..S-2 predict labels 1..S-1."""
         targets = labels[:, 1:]
         at_label = targets != -100
-        logits = None if loss_only else self.lm_head(hidden)
-        predicted = self.lm_head(hidden[:, :-1][at_label]) if logits is None else logits[:, :-1][at_label]
-        total = F.cross_entropy(predicted.float(), targets[at_label], reduction="sum")
+        head, logits = self.lm_head, None if loss_only else self.lm_head(hidden)
+        if loss_only and isinstance(head, VocabularyProjection) and head.fused_loss != OFF:
+            total = head(hidden[:, :-1][at_label], targets[at_label])
+        else:
+            predicted = head(hidden[:, :-1][at_label]) if logits is None else logits[:, :-1][at_label]
+            total = F.cross_entropy(predicted.float(), targets[at_label], reduction="sum")
         divisor = at_label.sum().clamp(min=1) if num_items is None else torch.as_tensor(num_items).clamp(min=1)
         return total / divisor.to(total.device), logits
 
@@ -282,6 +290,9 @@ class MoeMixin(_InitMixin, _OuterBase):
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         kwargs.setdefault("save_original_format", self.save_original_format)
         kwargs.setdefault("max_shard_size", self.max_shard_size)  # transformers' own default is ten times as much
+        if self.saved_names is not None and kwargs.get("state_dict") is not None:  # ZeRO-3 has gathered all of it
+            names = self.saved_names()
+            kwargs["state_dict"] = {name: tensor for name, tensor in kwargs["state_dict"].items() if name in names}
         # What loading recorded depends on the files it read, and under ZeRO-3 holds renamings that were never applied;
         # without it the names on disk are those of the class, whatever the model came from.
         self._weight_conversions = None

@@ -29,6 +29,7 @@ from typing import Any
 from torch import nn
 
 from llava_moe.config import RecipeError
+from llava_moe.model.loss import CHUNK_LOGITS
 from llava_moe.model.sites import find_blocks, num_used_layers
 from llava_moe.model.vision_composite import FusedTower, MultiScaleTower, grid_of
 from llava_moe.moe import MoELayer
@@ -52,6 +53,8 @@ class Setup:
         zero_stage: 0 to 3 with DeepSpeed; None without.
         checkpointing: whether layers are computed again in the backward pass.
         offload_optimiser, offload_weights: whether these lie in the memory of the host.
+        expert_parallel: ranks that share the decoder's experts; 1 where every rank holds all.
+        fused_loss: whether the loss is made from some positions at a time.
     """
 
     devices: int = 1
@@ -65,6 +68,8 @@ class Setup:
     checkpointing: bool = False
     offload_optimiser: bool = False
     offload_weights: bool = False
+    expert_parallel: int = 1
+    fused_loss: bool = False
 
     @property
     def tokens(self) -> int:
@@ -137,7 +142,11 @@ def estimate(model: Any, setup: Setup) -> Memory:
     share = [_divided(trainable, setup.devices) if (stage or 0) >= level else trainable for level in (1, 2, 3)]
     held = _divided(total, setup.devices) if (stage or 0) >= 3 else total
     weights, gradients = held * setup.weight_bytes, share[1] * setup.weight_bytes
-    optimiser = share[0] * _optimiser_bytes(setup)
+    if setup.expert_parallel > 1:  # ZeRO's shares stay: 1/N of the experts among 1/N of the ranks
+        elsewhere = _elsewhere(model, setup.expert_parallel)
+        weights -= elsewhere * setup.weight_bytes
+        gradients -= 0 if stage == 2 else elsewhere * setup.weight_bytes
+    optimiser = share[0] * optimiser_bytes(setup)
     half = stage is not None and setup.weight_bytes < _FLOAT32
     step = share[0] * _FLOAT32 if half else 0
     host = 0
@@ -152,7 +161,19 @@ def _divided(number: int, devices: int) -> int:
     return -(-number // devices)
 
 
-def _optimiser_bytes(setup: Setup) -> int:
+def _elsewhere(model: Any, ranks: int) -> int:
+    """Parameters of the decoder's experts that other ranks hold."""
+    layers = (m for m in model.modules() if isinstance(m, MoELayer) and m.site[0] == "decoder")
+    experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
+    return experts - _divided(experts, ranks)
+
+
+def share_of(number: int, setup: Setup, level: int) -> int:
+    """Of so many parameters those that one device holds, where ZeRO from `level` on divides them."""
+    return _divided(number, setup.devices) if (setup.zero_stage or 0) >= level else number
+
+
+def optimiser_bytes(setup: Setup) -> int:
     """Bytes of the optimiser for each trainable parameter."""
     if setup.zero_stage is None:
         return 2 * setup.weight_bytes
@@ -161,10 +182,17 @@ def _optimiser_bytes(setup: Setup) -> int:
 
 
 def logits(model: Any, setup: Setup) -> int:
-    """Logits of the positions with labels, their float32 log-probabilities and gradient at the peak of the loss."""
-    b = setup.compute_bytes
+    """Logits of the positions with labels, their float32 log-probabilities and gradient at the peak of the loss.
+
+    With a fused loss those of some positions, and the gradients that are there before the backward pass begins.
+    """
+    b, head = setup.compute_bytes, model.lm_head.weight
     per_logit = 2 * _FLOAT32 + (b if b < _FLOAT32 else 0)
-    return setup.labels * int(model.config.text_config.vocab_size) * per_logit
+    if not setup.fused_loss:
+        return setup.labels * int(head.shape[0]) * per_logit
+    rows = min(setup.labels, max(1, CHUNK_LOGITS // int(head.shape[0])))
+    taken = setup.labels * int(head.shape[1]) * b + (head.numel() * _FLOAT32 if head.requires_grad else 0)
+    return rows * int(head.shape[0]) * per_logit + taken
 
 
 def activations(model: Any, setup: Setup) -> int:

@@ -1,1 +1,1 @@
-"""Training: stages, the objective that owns every scale, a thin Trainer, telemetry."""
+"""Training: stages, the objective that owns every scale, a thin Trainer, metrics."""

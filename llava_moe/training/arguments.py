@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from transformers import TrainingArguments
 
 from llava_moe.config import RecipeError, RunConfig
 from llava_moe.registry import near_misses
+from llava_moe.training.loggers import PROJECT, report_to
 from llava_moe.training.stage import resolve_bf16
+from llava_moe.training.workers import default_workers
 
 # Set by other keys of the recipe, or fixed because another value would be wrong.
 _OWNED = {
@@ -25,6 +28,10 @@ _OWNED = {
     "label_smoothing_factor": None,  # our loss would ignore it without a word
 }
 _STRATEGIES = ("random", "sequential", "group_by_length")
+_CHECKPOINTING = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 _AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -35,7 +42,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         RecipeError: a key is no field of TrainingArguments, belongs elsewhere in the recipe, or has a refused value.
     """
     fields = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    values = dict(config.train)
+    values = _checkpointing_as_installed(dict(config.train), fields)
     for key in values:
         if key in _OWNED:
             place = _OWNED[key]
@@ -50,7 +57,13 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     values["bf16"] = resolve_bf16(values.get("bf16", False))
     # Without use_cpu two CPU ranks would train two models that never meet, and exit with success.
     use_cpu = values.pop("use_cpu", not torch.cuda.is_available())
-    defaults: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "lr_scheduler_type": "cosine"}
+    values["report_to"] = report_to(values.get("report_to"))
+    named = {"run_name": Path(config.output_dir).name, "project": PROJECT}  # for wandb, trackio, ...
+    defaults: dict[str, Any] = {"logging_steps": 10, "lr_scheduler_type": "cosine"}
+    defaults |= {key: value for key, value in named.items() if key in fields}
+    # The filter would write the mean of earlier losses in the place of a NaN; health.py stops the run instead.
+    defaults["logging_nan_inf_filter"] = False
+    defaults["dataloader_num_workers"] = default_workers(config, use_cpu)
     try:
         return TrainingArguments(
             output_dir=config.output_dir,
@@ -64,6 +77,21 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         )
     except (TypeError, ValueError) as error:  # what transformers says of a value that it refuses
         raise RecipeError(f"train: {' '.join(str(error).split())}") from error
+
+
+def _checkpointing_as_installed(values: dict[str, Any], fields: Collection[str]) -> dict[str, Any]:
+    """`gradient_checkpointing` and its newer name `activation_checkpointing` (transformers 5.23) mean the same.
+
+    Raises:
+        RecipeError: both are given.
+    """
+    for old, new in _CHECKPOINTING.items():
+        if old in values and new in values:
+            raise RecipeError(f"train.{old} and train.{new} are the same; give one of them")
+        given, known = (old, new) if new in fields else (new, old)
+        if given in values:
+            values[known] = values.pop(given)
+    return values
 
 
 def check_deepspeed_file(config: RunConfig) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_moe.config import ModelSection, RecipeError, RunConfig
+from llava_moe.data.visuals import is_tiled
+from llava_moe.model.families import family_of
 from llava_moe.model.upcycling import PROVENANCE
 
 # Of the parts of a first model: a checkpoint has them already.
@@ -43,6 +45,24 @@ def check_recipe(config: RunConfig) -> None:
         raise RecipeError(
             f"model.{', model.'.join(given)}: of a model to assemble, but model.checkpoint={config.model.checkpoint} "
             "names one that is made already; leave out one of the two"
+        )
+
+
+def check_image_mode(config: RunConfig, shape: Any) -> None:
+    """Checks what a stage says of images against the config of the model that it starts from.
+
+    Raises:
+        RecipeError: it cuts images into tiles, and the model takes them whole.
+    """
+    family, data = family_of(shape), config.data
+    if family is None or family.is_tiled:
+        return
+    tiled = f"data.image_mode={data.image_mode}" if data.image_mode is not None and is_tiled(data.image_mode) else ""
+    asked = tiled or ("data.tiling" if data.tiling is not None else "")
+    if asked:
+        raise RecipeError(
+            f"{asked}: cuts images into tiles, and a model of the family {family.stock_type} takes an image whole; "
+            "start from a model that was assembled as llava_next or llava_onevision, or leave it out"
         )
 
 

@@ -165,12 +165,3 @@ class ControllerCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.controllers.finish(state.global_step, state.max_steps)
-        self._save_when_due(args, state, control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._save_when_due(args, state, control)
-
-    def _save_when_due(self, args: Any, state: Any, control: Any) -> None:
-        # on_save would be too late: it comes after trainer_state.json, which says that a checkpoint is whole.
-        if control.should_save and state.is_world_process_zero:
-            self.controllers.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")

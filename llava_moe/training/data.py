@@ -1,8 +1,9 @@
 """The training data of a run: plain LLaVA files as they are, anything else through a clean index; packed if asked for.
 
 Plain are JSON and jsonl files with an image folder, all of whose records are used once. A mixture with limits or
-weights, another kind of source, and the policy to skip what is broken need the check that writes an index; unless the
-recipe names one, it is made at the start of the run and kept in its folder.
+weights, another kind of source, the policy to skip what is broken, and packing, which must know the exact length of
+every sample, need the check that writes an index; unless the recipe names one, it is made at the start of the run and
+kept in its folder, so that a run that goes on does not check or tokenise again.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.progress import Progress
 from transformers import TrainerCallback
 
 from llava_moe.config import DataSection, RecipeError, RunConfig
-from llava_moe.data.check import raise_problems, read_sources
+from llava_moe.data.check import check_sources, raise_problems
 from llava_moe.data.check_report import as_text
 from llava_moe.data.checking import Limits, MixtureReport, check_mixture, processor_mark
 from llava_moe.data.collator import Collator
@@ -30,12 +30,16 @@ from llava_moe.data.indexed import IndexedDataset, OnProblem, exact_lengths, has
 from llava_moe.data.mixture import Mixture, SourceSpec, load_mixture
 from llava_moe.data.packing import PackedDataset, PackingCollator
 from llava_moe.data.processing import LlavaMoeProcessor
+from llava_moe.data.progress import counting
+from llava_moe.data.records import open_plain, walk
 from llava_moe.data.schema import DataError, Sample
 from llava_moe.model.packing import check_packing
-from llava_moe.training import distributed
+from llava_moe.training.places import check_places
+from llava_moe.training.rank_zero import on_first_rank
 
 INDEX = "data_index"
 _FACTS = "data_index.json"
+_CHECKED = "data_checked.json"
 Sources = list[tuple[Path, Path]] | Path
 """(data file, image folder) pairs, or the folder of an index."""
 
@@ -51,7 +55,8 @@ def plain_sources(config: RunConfig) -> list[tuple[Path, Path]] | None:
     grouped = config.train.get("train_sampling_strategy") == "group_by_length"
     if data.group_by_modality and (data.packing or not grouped):
         raise RecipeError("data.group_by_modality needs train.train_sampling_strategy: group_by_length and no packing")
-    if data.index is not None or data.mixture is not None or data.on_problem != "refuse":
+    check_places(config)
+    if data.index is not None or data.mixture is not None or data.on_problem != "refuse" or data.packing:
         return None
     if any(not _is_plain(_spec(source)) for source in data.sources):
         return None
@@ -85,31 +90,57 @@ def mixture_of(config: RunConfig) -> Mixture:
     return Mixture(tuple(_spec(source) for source in config.data.sources), config.seed)
 
 
+def check_plain(config: RunConfig, sources: list[tuple[Path, Path]]) -> None:
+    """Decodes every image of plain files, once for a run: what was found is kept in its folder.
+
+    Raises:
+        DataError: records or images have problems.
+    """
+    if config.data.check_images:
+        on_first_rank(lambda: _check_plain(sources, Path(config.output_dir) / _CHECKED))
+
+
+def _check_plain(sources: list[tuple[Path, Path]], known: Path) -> None:
+    readers, problems = open_plain(sources)
+    # whether the image files are there is looked at in every start, see ConversationDataset
+    facts = json.dumps([[str(reader.path), str(reader.image_folder), reader.mark()] for reader in readers], indent=2)
+    if not problems and known.is_file() and known.read_text() == facts:
+        return
+    with counting("checking images") as progress:
+        check_sources(sources, progress=progress).raise_if_broken()
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(facts)
+
+
 def prepare_index(config: RunConfig, processor: LlavaMoeProcessor) -> Path:
     """The index that the recipe names, or one that rank 0 writes into the folder of the run.
 
     Raises:
         DataError: records have problems, and `data.on_problem` is "refuse".
     """
-    data = config.data
-    if data.index is not None:
-        return Path(data.index)
+    if config.data.index is not None:
+        return Path(config.data.index)
     index = Path(config.output_dir) / INDEX
-    if distributed.rank() == 0:
-        mixture, mark = mixture_of(config), processor_mark(processor)
-        limits = Limits(data.max_length, data.overlong)
-        parts = [dataclasses.asdict(mixture), dataclasses.asdict(limits), mark]
-        facts = json.dumps(parts, indent=2)
-        known = Path(config.output_dir) / _FACTS
-        if not (known.is_file() and known.read_text() == facts and _is_current(index)):
-            report = _check(mixture, processor, limits, index)
-            too_long = {"overlong"} if data.overlong != "error" else set()
-            if data.on_problem == "refuse" and report.counts.keys() - too_long:
-                raise_problems([m for shown in report.examples.values() for m in shown], report.records)
-            print(as_text(report), flush=True)
-            known.write_text(facts)
-    distributed.barrier()
+    on_first_rank(lambda: _make_index(config, processor, index))
     return index
+
+
+def _make_index(config: RunConfig, processor: LlavaMoeProcessor, index: Path) -> None:
+    data = config.data
+    mixture, mark = mixture_of(config), processor_mark(processor)
+    limits = Limits(data.max_length, data.overlong, decode=data.check_images)
+    parts = [dataclasses.asdict(mixture), dataclasses.asdict(limits), mark]
+    facts = json.dumps(parts, indent=2)
+    known = Path(config.output_dir) / _FACTS
+    if known.is_file() and known.read_text() == facts and _is_current(index):
+        return
+    report = _check(mixture, processor, limits, index)
+    refused = report.counts.keys() - ({"overlong"} if data.overlong != "error" else set())
+    if data.on_problem == "refuse" and refused:
+        shown = [message for kind in report.examples if kind in refused for message in report.examples[kind]]
+        raise_problems(shown, report.records, sum(report.counts[kind] for kind in refused))
+    print(as_text(report), flush=True)
+    known.write_text(facts)
 
 
 def _is_current(index: Path) -> bool:
@@ -122,26 +153,24 @@ def _is_current(index: Path) -> bool:
 
 def _check(mixture: Mixture, processor: LlavaMoeProcessor, limits: Limits, index: Path) -> MixtureReport:
     index.parent.mkdir(parents=True, exist_ok=True)
-    with Progress() as bar:
-        task = bar.add_task("Checking the data", total=None)
-        return check_mixture(
-            mixture,
-            processor=processor,
-            limits=limits,
-            index=index,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with counting("checking the data") as progress:
+        return check_mixture(mixture, processor=processor, limits=limits, index=index, progress=progress)
 
 
 def samples_of(sources: Sources) -> Iterable[Sample]:
     """All samples, without their images."""
-    return RecordIndex(sources) if isinstance(sources, Path) else read_sources(sources)[0]
+    if isinstance(sources, Path):
+        return RecordIndex(sources)
+    return (found.sample for found in walk(open_plain(sources)[0]) if found.sample is not None)
 
 
 def training_data(
-    config: RunConfig, processor: LlavaMoeProcessor, sources: Sources, store: FeatureStore | None
+    config: RunConfig, processor: LlavaMoeProcessor, sources: Sources, store: FeatureStore | None, attention: str
 ) -> tuple[Any, Any]:
     """The data set of a run and its collator.
+
+    Args:
+        attention: what the decoder came to use.
 
     Raises:
         DataError: see `ConversationDataset` and `IndexedDataset`.
@@ -154,13 +183,13 @@ def training_data(
         dataset = IndexedDataset(sources, processor, data.max_length, overlong, store, on_problem)
     else:
         dataset = ConversationDataset(sources, processor, data.max_length, overlong, store)
+    dataset.hands_over = True  # `skipping.Skips` takes what breaks now
     collator = Collator.of(processor, None if store is None else store.feature_shape)
     if data.group_by_modality:
         dataset.has_image = has_visuals(dataset)  # type: ignore[attr-defined]  # the Trainer's sampler asks for it
     if not data.packing:
         return dataset, collator
     packed = PackedDataset(dataset, exact_lengths(dataset), data.max_length, config.seed)
-    attention = config.model.attn_implementation
     return packed, PackingCollator.for_attention(collator, processor.pad_token_id, attention)
 
 

@@ -6,6 +6,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,13 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from llava_moe.config import RecipeError
 
 
-def prepare(uses_deepspeed: bool, timeout_minutes: int = 30) -> None:
+def prepare(uses_deepspeed: bool, timeout_minutes: float = 30) -> None:
     """Starts DeepSpeed's communication on a CPU; does nothing otherwise.
+
+    Args:
+        uses_deepspeed: the recipe names a DeepSpeed file.
+        timeout_minutes: after which a rank gives up waiting for another; elsewhere transformers passes on the
+            recipe's `train.ddp_timeout` itself.
 
     Raises:
         RecipeError: DeepSpeed is asked for without a launcher.
@@ -42,6 +48,30 @@ def prepare(uses_deepspeed: bool, timeout_minutes: int = 30) -> None:
 def rank() -> int:
     """0 in a single process."""
     return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Among the ranks of this machine; 0 in a single process."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """1 in a single process."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def gather(value: Any) -> list[Any]:
+    """What each rank has passed, in the order of the ranks; every rank must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def first(value: Any) -> Any:
+    """What rank 0 has passed; every rank must call it."""
+    return gather(value)[0]
 
 
 def barrier() -> None:

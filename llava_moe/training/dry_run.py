@@ -18,17 +18,25 @@ from llava_moe.config import RecipeError, RunConfig, load_recipe
 from llava_moe.data.image_grid import parse_grid
 from llava_moe.data.processor_parts import default_tiling
 from llava_moe.data.visuals import is_tiled
+from llava_moe.model.loss import CHUNKED, LIGER
 from llava_moe.model.upcycling_plan import build_upcycler
 from llava_moe.planning import Counts, Library, Memory, Setup, count, estimate, flops, model_on_meta, read_header
 from llava_moe.planning.counts import Work
-from llava_moe.planning.memory import zero_setup
+from llava_moe.planning.lora import AdapterPlan
+from llava_moe.planning.memory import logits, zero_setup
 from llava_moe.planning.shapes import ConfigNotFoundError, shape_of
+from llava_moe.training import expert_parallel, lora
+from llava_moe.training.alarms import check_telemetry
 from llava_moe.training.arguments import check_deepspeed_file, training_arguments
-from llava_moe.training.chain import check_recipe
+from llava_moe.training.chain import check_image_mode, check_recipe
 from llava_moe.training.controllers import Controllers, check_options, moe_layers
 from llava_moe.training.images import DEFAULT_IMAGE_MODE, family_name, first_tiling, merging
 from llava_moe.training.objective import Balance
-from llava_moe.training.stage import apply_stage, part_of
+from llava_moe.training.packing_plan import pictures, step_lines
+from llava_moe.training.places import dry_lines
+from llava_moe.training.scoring import check_scoring
+from llava_moe.training.speed import check_names
+from llava_moe.training.stage import part_of
 
 _SAME = ("seed", "data", "train", "deepspeed")  # what a recipe and its dense control must agree on
 _GIB = 2**30
@@ -43,6 +51,7 @@ class Outlook:
         samples: of one optimiser step on all devices.
         setup: how a device is used.
         counts, work, memory: None where a config of the parts is not on this machine.
+        fused_logits: bytes of the logits with a fused loss.
         reason: why they are not there.
         model: tower, projector and tokens of a picture, in words.
     """
@@ -53,6 +62,7 @@ class Outlook:
     counts: Counts | None = None
     work: Work | None = None
     memory: Memory | None = None
+    fused_logits: int = 0
     reason: str = ""
     model: str = ""
 
@@ -64,16 +74,14 @@ def describe(source: str, config: RunConfig) -> str:
         RecipeError, RegistryError, ValueError: the recipe would be refused.
     """
     found = outlook(source, config)
-    per_device = found.samples // found.devices
     stage = config.stage.name
     lines = [
         f"# {source} (dry run)",
         yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip(),
         f"# devices: {found.devices} (as the recipe's header says; NPROC=n asks for another number)",
-        f"# samples per step and device: {per_device}",
-        f"# tokens per step: at most {found.samples * found.setup.sequence_length:,} "
-        f"({found.samples:,} samples of up to {found.setup.sequence_length:,} tokens)",
-        *_model_lines(found, stage),
+        *dry_lines(config),
+        *step_lines(config, found.samples, found.devices),
+        *_model_lines(found, stage, config.data.packing),
         *_control_lines(source, config, found),
     ]
     return "\n".join(lines)
@@ -87,13 +95,17 @@ def outlook(source: str, config: RunConfig) -> Outlook:
     """
     check_deepspeed_file(config)
     check_recipe(config)
+    check_scoring(config)
+    check_names(config)
     # DeepSpeed would ask for a launcher; everything else about the arguments is checked as in a real run.
     arguments = training_arguments(dataclasses.replace(config, deepspeed=None))
     Balance.build(config.balance)
     check_options(config.balance)
+    check_telemetry(config.telemetry)
     for name, part in () if config.upcycle is None else config.upcycle.parts().items():
         build_upcycler(part, name)
     devices = _devices(source)
+    expert_parallel.check_recipe(config, devices)
     setup = _setup(config, arguments, devices)
     samples = setup.micro_batch * arguments.gradient_accumulation_steps * devices
     transformers_logging.set_verbosity_error()
@@ -101,24 +113,36 @@ def outlook(source: str, config: RunConfig) -> Outlook:
         shape = shape_of(config, Library(source), _first)
     except ConfigNotFoundError as error:
         return Outlook(devices, samples, setup, reason=str(error)[:160])
+    check_image_mode(config, shape)
     model = model_on_meta(shape)
-    apply_stage(model, config.stage)
+    plan = lora.plan_adapters(model, config)
     balance, layers = Balance.build(config.balance), moe_layers(model)
     balance.check(layers)
+    if config.expert_parallel is not None:
+        expert_parallel.spread_layers(model, config.expert_parallel)
     Controllers.build(config.balance, layers, balance.losses)
     setup = dataclasses.replace(
-        setup, image_tokens=int(shape.image_seq_length), images=_tiles(config, int(shape.vision_config.image_size))
+        setup,
+        image_tokens=int(shape.image_seq_length),
+        images=pictures(config, _tiles(config, int(shape.vision_config.image_size)), int(shape.image_seq_length)),
     )
     return Outlook(
         devices,
         samples,
         setup,
-        counts=count(model, part_of),
-        work=flops(model, setup.sequence_length),
-        memory=estimate(model, setup),
+        **_numbers(model, setup, plan),
+        fused_logits=logits(model, dataclasses.replace(setup, fused_loss=True)),
         model=f"tower {shape.vision_config.model_type} ({shape.vision_config.image_size} px), projector "
         f"{shape.projector}, {shape.image_seq_length} tokens for a picture, decoder {shape.text_config.model_type}",
     )
+
+
+def _numbers(model: Any, setup: Setup, adapters: AdapterPlan | None) -> dict[str, Any]:
+    """Counts, work and memory of a model that is frozen as the stage says."""
+    counts, work, memory = count(model, part_of), flops(model, setup.sequence_length), estimate(model, setup)
+    if adapters is not None:
+        counts, work, memory = adapters.counts(counts), adapters.work(work), adapters.memory(memory, model, setup)
+    return {"counts": counts, "work": work, "memory": memory}
 
 
 def _first(config: RunConfig) -> tuple[str, Mapping[str, Any]]:
@@ -154,14 +178,17 @@ def _setup(config: RunConfig, arguments: TrainingArguments, devices: int) -> Set
         micro_batch=arguments.per_device_train_batch_size,
         sequence_length=config.data.max_length,
         checkpointing=bool(checkpointing),
+        expert_parallel=config.expert_parallel or 1,
+        fused_loss=config.speed.fused_loss in (LIGER, CHUNKED),
         **zero_setup(config.deepspeed, bool(arguments.bf16), config.model.dtype),
     )
 
 
-def _model_lines(found: Outlook, stage: str) -> list[str]:
+def _model_lines(found: Outlook, stage: str, packed: bool) -> list[str]:
     if found.counts is None or found.work is None or found.memory is None:
         return [f"# parameters: unknown here, a config of the parts is not on this machine ({found.reason})"]
     counts, memory, setup = found.counts, found.memory, found.setup
+    full = "a full row" if packed else "a sample of full length"
     forward = found.work.sequence(setup.sequence_length, setup.labels // setup.micro_batch, setup.images)
     lines = [
         f"# model: {found.model}",
@@ -172,11 +199,16 @@ def _model_lines(found: Outlook, stage: str) -> list[str]:
             for name, part in counts.parts.items()
         ),
         f"# forward: {found.work.decoder + found.work.attention:.3g} FLOPs for a token in the decoder, "
-        f"{found.work.image:.3g} for a picture, {forward:.3g} for a sample of full length",
-        f"# memory per device: about {memory.total / _GIB:.1f} GiB at samples of full length ("
+        f"{found.work.image:.3g} for a picture, {forward:.3g} for {full}",
+        f"# memory per device: about {memory.total / _GIB:.1f} GiB with {full} everywhere ("
         + ", ".join(f"{kind} {number / _GIB:.2f}" for kind, number in memory.kinds().items())
         + (f"; host {memory.host / _GIB:.2f}" if memory.host else "")
         + "); an estimate without the device's context, fragmentation and communication buffers",
+        *(
+            []
+            if setup.fused_loss
+            else [f"# logits would take {found.fused_logits / _GIB:.2f} GiB with speed.fused_loss (liger, chunked)"]
+        ),
     ]
     return lines
 
@@ -205,7 +237,7 @@ def _control_lines(source: str, config: RunConfig, found: Outlook) -> list[str]:
     lines = [f"# control: {path}"]
     rows: list[tuple[str, ...]] = [
         ("", "this", "control"),
-        ("samples per step", f"{found.samples:,}", f"{beside.samples:,}"),
+        (f"{'rows' if config.data.packing else 'samples'} per step", f"{found.samples:,}", f"{beside.samples:,}"),
     ]
     for name in ("total", "active", "trainable"):
         rows.append((name, *(f"{getattr(o.counts, name):,}" if o.counts else "unknown" for o in (found, beside))))

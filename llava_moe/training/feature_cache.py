@@ -20,6 +20,7 @@ from llava_moe.data.processing import LlavaMoeProcessor
 from llava_moe.data.schema import Sample
 from llava_moe.training import distributed
 from llava_moe.training.data import Sources, samples_of
+from llava_moe.training.rank_zero import on_first_rank
 
 _BATCH = 32
 
@@ -62,9 +63,7 @@ def feature_store(folder: str, model: Any, processor: LlavaMoeProcessor, sources
     with distributed.gathered(model.model.vision_tower):
         mark = fingerprint(model, processor)
         path = Path(folder) / f"{mark[:12]}-{pictures[:12]}"
-        if distributed.rank() == 0 and not path.exists():
-            _write(path, mark, model, processor, keys)
-        distributed.barrier()
+        on_first_rank(lambda: None if path.exists() else _write(path, mark, model, processor, keys))
     return FeatureStore(path, mark)
 
 

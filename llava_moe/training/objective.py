@@ -82,13 +82,13 @@ class Balance:
             loss.start_step()
 
 
-def balance_terms(
+def site_losses(
     routings: Mapping[SiteKey, Routing],
     scope: RoutingScope,
     losses: Mapping[str, BalanceLoss],
     factor: Callable[[str, SiteKey], Tensor | float] | None = None,
-) -> dict[str, Tensor]:
-    """The mean over layers of each loss, without its coefficient.
+) -> dict[str, dict[SiteKey, Tensor]]:
+    """Each loss at each layer, without its coefficient.
 
     Args:
         routings: of one forward, by site.
@@ -101,13 +101,28 @@ def balance_terms(
     """
     if losses and not routings:
         raise ValueError(f"balance losses {', '.join(losses)}: no layer has routed in this forward")
-    terms = {}
+    found = {}
     for name, loss in losses.items():
-        per_layer = [loss(routing.before_drops(), scope.context_of(site)) for site, routing in routings.items()]
+        by_site = {site: loss(routing.before_drops(), scope.context_of(site)) for site, routing in routings.items()}
         if factor is not None:
-            per_layer = [factor(name, site) * value for site, value in zip(routings, per_layer, strict=True)]
-        terms[name] = torch.stack(per_layer).mean()
-    return terms
+            by_site = {site: factor(name, site) * value for site, value in by_site.items()}
+        found[name] = by_site
+    return found
+
+
+def mean_over_layers(losses: Mapping[str, Mapping[SiteKey, Tensor]]) -> dict[str, Tensor]:
+    """The term of each loss, from `site_losses`."""
+    return {name: torch.stack(list(by_site.values())).mean() for name, by_site in losses.items()}
+
+
+def balance_terms(
+    routings: Mapping[SiteKey, Routing],
+    scope: RoutingScope,
+    losses: Mapping[str, BalanceLoss],
+    factor: Callable[[str, SiteKey], Tensor | float] | None = None,
+) -> dict[str, Tensor]:
+    """The mean over layers of each loss, without its coefficient; arguments and errors are those of `site_losses`."""
+    return mean_over_layers(site_losses(routings, scope, losses, factor))
 
 
 def combine(

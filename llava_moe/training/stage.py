@@ -14,9 +14,11 @@ from llava_moe.moe import MoELayer
 from llava_moe.registry import near_misses
 from llava_moe.training import distributed
 
+LORA = "lora"
 # First match wins; every parameter of a model belongs to exactly one part.
 # Routers and experts come first: wherever they sit, in decoder, tower or projector, they have rates of their own.
 _PARTS: dict[str, tuple[str, ...]] = {
+    LORA: (".lora_A.", ".lora_B."),  # peft's adapters, see training/lora.py
     # Behind ours are the names in decoders that transformers builds with experts, see model/native.py.
     "router": (".router.", ".mlp.gate.", ".block_sparse_moe.gate.", ".feed_forward.gate."),
     "experts": (".experts.", ".shared.", ".side.", ".shared_expert.", ".shared_experts.", ".shared_expert_gate."),
@@ -52,6 +54,7 @@ def apply_stage(model: nn.Module, stage: StageSection) -> list[dict[str, Any]]:
         ValueError: the stage names an unknown part, a part that this model does not have, or none at all.
     """
     rates = stage.learning_rates
+    stage.check_decay()
     if not rates:
         raise ValueError(f"stage {stage.name}: learning_rates is empty, so nothing would learn")
     found = list(dict.fromkeys(part_of(name) for name, _ in model.named_parameters()))
@@ -65,7 +68,7 @@ def apply_stage(model: nn.Module, stage: StageSection) -> list[dict[str, Any]]:
         part = part_of(name)
         key = part if part in rates else part.split(".")[0]
         # The base under LoRA or MoV experts stays as it is: that is what makes the method.
-        learns = key in rates and name not in unused and ".experts.base_" not in name
+        learns = key in rates and name not in unused and (part == LORA or ".experts.base_" not in name)
         parameter.requires_grad_(learns)
         members.setdefault(key, []).append(parameter)
     absent = [part for part in rates if not members[part]]
@@ -80,17 +83,17 @@ def apply_stage(model: nn.Module, stage: StageSection) -> list[dict[str, Any]]:
             f"stage {stage.name} trains {', '.join(absent)}, which this checkpoint does not have (it has "
             f"{', '.join(found)}); is the start point of the right kind?"
         )
-    return [group for part, rate in rates.items() for group in _groups(members[part], rate, stage)]
+    return [group for part, rate in rates.items() for group in _groups(members[part], rate, stage.decay_of(part))]
 
 
-def _groups(members: list[nn.Parameter], rate: float, stage: StageSection) -> list[dict[str, Any]]:
+def _groups(members: list[nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
     trainable = [p for p in members if p.requires_grad]
 
     # ds_shape is the full shape of a parameter that ZeRO-3 has partitioned away
     def dims(p: nn.Parameter) -> int:
         return len(getattr(p, "ds_shape", p.shape))
 
-    decayed = {"params": [p for p in trainable if dims(p) >= 2], "lr": rate, "weight_decay": stage.weight_decay}
+    decayed = {"params": [p for p in trainable if dims(p) >= 2], "lr": rate, "weight_decay": decay}
     plain = {"params": [p for p in trainable if dims(p) < 2], "lr": rate, "weight_decay": 0.0}
     return [group for group in (decayed, plain) if group["params"]]
 
@@ -105,7 +108,10 @@ def _unused_tower_parameters(model: nn.Module) -> frozenset[str]:
 
 def count_trainable(model: nn.Module) -> int:
     """Number of values that the optimiser updates."""
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters() if p.requires_grad)
+    # ds_numel under ZeRO-3; full_numel where ranks share experts
+    return sum(
+        int(getattr(p, "full_numel", getattr(p, "ds_numel", p.numel()))) for p in model.parameters() if p.requires_grad
+    )
 
 
 def resolve_bf16(value: Any) -> bool:

@@ -33,14 +33,28 @@ def start_point(config: RunConfig) -> Path:
         return checkpoint
     initial = Path(config.output_dir) / "initial"
     if distributed.rank() == 0:
-        facts = {"model": dataclasses.asdict(config.model), "seed": config.seed, "data": _data_facts(config)}
+        facts = {
+            "model": _model_facts(dataclasses.asdict(config.model)),
+            "seed": config.seed,
+            "data": _data_facts(config),
+        }
         known = initial / _FACTS
-        if not (known.is_file() and json.loads(known.read_text()) == facts):
+        if not (known.is_file() and _known_facts(known) == facts):
             with distributed.unpartitioned():
                 write_initial(config, initial)
             known.write_text(json.dumps(facts, indent=2))
     distributed.barrier()
     return check_checkpoint(initial)
+
+
+def _model_facts(model: dict[str, Any]) -> dict[str, Any]:
+    """What the weights of a first model depend on; how its attention is computed is not among it."""
+    return {key: value for key, value in model.items() if key != "attn_implementation"}
+
+
+def _known_facts(path: Path) -> dict[str, Any]:
+    known = json.loads(path.read_text())
+    return {**known, "model": _model_facts(known["model"])}
 
 
 def _data_facts(config: RunConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Times every kernel and router of the MoE layer beside a dense block of the same active FLOPs on this CPU, which should
-# do nothing else; writes benchmarks/results/moe_layer/. About 10 minutes. Arguments go to benchmarks/moe_layer.py.
+# do nothing else, and then what watching the routing costs; writes benchmarks/results/moe_layer/ and telemetry/ beside
+# it. About 15 minutes. Arguments go to benchmarks/moe_layer.py.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 need_llava_moe
 OUT=${OUT:-benchmarks/results/moe_layer}; mkdir -p "$OUT"
@@ -9,3 +10,4 @@ for shape in "8 2 1408" "64 8 352"; do
   python benchmarks/moe_layer.py --experts "$experts" --k "$k" --intermediate "$intermediate" \
     --json "$OUT/cpu_e${experts}_k${k}.json" "$@"
 done
+python benchmarks/telemetry.py --json "$(dirname "$OUT")/telemetry/cpu.json"

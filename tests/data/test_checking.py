@@ -9,14 +9,15 @@ import pytest
 from PIL import Image, ImageOps
 
 from llava_moe.data.check_report import as_json, as_text, histogram
-from llava_moe.data.checking import Limits, MixtureReport, check_mixture, processor_mark
+from llava_moe.data.checking import Limits, MixtureReport, _blocks, check_mixture, processor_mark
 from llava_moe.data.collator import Collator
 from llava_moe.data.dataset import ConversationDataset
 from llava_moe.data.image_marks import DEFAULT_DISTANCE, Benchmarks, difference_hash
-from llava_moe.data.index import RecordIndex
+from llava_moe.data.index import ROW, RecordIndex
 from llava_moe.data.indexed import IndexedDataset, exact_lengths, has_visuals
 from llava_moe.data.mixture import Mixture, SourceSpec
 from llava_moe.data.schema import DataError
+from llava_moe.data.sources import ParquetFile
 from tests.data.test_sources import rows, shard_members, write_parquet, write_tar
 from tests.tiny import tiny_image, tiny_siglip_processor, write_llava_json
 from tests.tiny_families import family_processor, write_mixed_json
@@ -179,7 +180,7 @@ def test_lengths_of_tiled_images_are_exact(family: str, tmp_path: Path) -> None:
     wanted = [len(plain[i]["input_ids"]) for i in range(6)]
     assert data.lengths.tolist() == wanted == [len(data[i]["input_ids"]) for i in range(6)]
     assert exact_lengths(plain).tolist() == wanted
-    assert has_visuals(data) == has_visuals(plain) == [True, True, False] * 2
+    assert has_visuals(data).tolist() == has_visuals(plain).tolist() == [True, True, False] * 2
 
 
 def test_what_was_left_out_is_refused_or_counted_and_never_replaced(tmp_path: Path) -> None:
@@ -315,16 +316,56 @@ def test_the_hash_survives_what_it_should_and_tells_others_apart() -> None:
     assert difference_hash(Image.new("RGB", (20, 20))) is None
 
 
-def test_threads_do_not_change_what_is_found(tmp_path: Path) -> None:
-    path, images = write_llava_json(tmp_path, 150, num_turns=2)
+def test_processes_do_not_change_what_is_found(tmp_path: Path) -> None:
+    path, images = write_llava_json(tmp_path / "a", 150, num_turns=2)
     chosen = random.Random(0).sample(range(150), 9)
     for index in chosen:
         edit(path, index, image=f"gone-{index}.png")
-    reports = [check_mixture(mixture_of((path, images)), processor=PROCESSOR, workers=workers) for workers in (1, 8)]
-    one, many = reports
-    assert one.counts == many.counts == {"missing_image": 9}
+    for index in range(0, 150, 7):  # records of different processes use the same file
+        edit(path, index, image="8.png")
+    tar = write_tar(tmp_path / "s.tar", shard_members(40))
+    parquet = write_parquet(tmp_path / "d.parquet", rows(50), group=7)
+    mixture = mixture_of((path, images), SourceSpec(str(tar)), SourceSpec(str(parquet)))
+    one, many = (check_mixture(mixture, processor=PROCESSOR, workers=workers) for workers in (0, 2))
+    gone = len([index for index in chosen if index % 7])
+    assert one.counts == many.counts == {"missing_image": gone}
     assert one.examples == many.examples
     assert one.lengths.tolist() == many.lengths.tolist()
+    assert one.images == many.images
+    assert (one.kept, many.kept) == (240 - gone, 240 - gone)
+
+
+def test_images_can_be_looked_for_and_left_closed(tmp_path: Path) -> None:
+    path, images = write_llava_json(tmp_path, 4)
+    (images / "1.png").write_bytes(b"no image")
+    (images / "2.png").unlink()
+    limits = Limits(max_length=99, decode=False)
+    report = check_mixture(mixture_of((path, images)), processor=PROCESSOR, limits=limits)
+    assert report.counts == {"missing_image": 1}
+    assert report.kept == 3
+    assert "4 images (looked for, not decoded)" in as_text(report)
+    (images / "1.png").unlink()
+    benchmarks = Benchmarks({"b": images})
+    with pytest.raises(DataError, match="by their pixels"):
+        check_mixture(mixture_of((path, images)), limits=limits, processor=PROCESSOR, benchmarks=benchmarks)
+
+
+def test_parquet_is_cut_where_its_row_groups_are(tmp_path: Path) -> None:
+    """A process that reads one row of a group has to read the group."""
+    readers = [ParquetFile(write_parquet(tmp_path / f"{n}.parquet", rows(n), group=4)) for n in (10, 3)]
+    table = np.array([(0, row, 0, 0, 0) for row in (0, 1, 3, 4, 8, 9)] + [(1, 2, 0, 0, 0)], ROW)
+    assert [block["start"].tolist() for block in _blocks(readers, table)] == [[0, 1, 3], [4], [8, 9], [2]]
+    assert list(_blocks(readers, table[:0])) == []
+
+
+def test_an_index_of_nothing_says_why(tmp_path: Path) -> None:
+    path, images = write_llava_json(tmp_path, 2)
+    for index in (0, 1):
+        edit(path, index, image="gone.png")
+    with pytest.raises(
+        DataError, match=r"(?s)no record of 2 is left .*'sample-0'.*gone\.png does not exist.*'sample-1'"
+    ):
+        check_mixture(mixture_of((path, images)), index=tmp_path / "index")
 
 
 def test_an_empty_report_can_be_shown() -> None:

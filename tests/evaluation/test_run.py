@@ -173,7 +173,7 @@ def test_unknown_official_task_has_near_misses(
     data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = argparse.Namespace(all_tasks=["gqa", "mmbench_en_dev_static"])  # the real index takes ten seconds
-    monkeypatch.setattr(run, "_task_manager", lambda include_defaults: manager)
+    monkeypatch.setattr(run, "task_manager", lambda include_defaults: manager)
     with pytest.raises(EvaluationError, match="did you mean 'mmbench_en_dev_static'"):
         run.evaluate(checkpoint, data, ["mmbench_en_dev_statik"], tmp_path / "out")
 

@@ -25,9 +25,10 @@ from llava_moe.model.upcycling import count_parameters, upcycle
 from llava_moe.moe import BALANCE_LOSSES, LayerStats, MoELayer, RoutingContext, RoutingScope
 from llava_moe.training import runner
 from llava_moe.training.controllers import Controllers, measure, moe_layers
+from llava_moe.training.metrics import read_metrics
 from llava_moe.training.objective import Balance, balance_terms
 from llava_moe.training.stage import part_of
-from llava_moe.training.telemetry import RoutingMeter, read_telemetry
+from llava_moe.training.telemetry import RoutingMeter
 from tests.model.inputs import gradients, greedy, logits_of, picture_batch, prompt_batch
 from tests.tiny import tiny_tokenizer, write_llava_json
 from tests.tiny_model import tiny_config, tiny_processor
@@ -159,7 +160,7 @@ class TestRecords:
             again = layer.router(watch.inputs[site[1]], RoutingContext.trivial(len(mask_T)))
             assert torch.equal(again.index_TK, routing.index_TK)
         stats = measure(output.routings, model.model.scope)
-        meter.update({}, output.routings, model.model.scope, stats)
+        meter.update({}, output.routings, model.model.scope)
         row = meter.flush()["layers"][str(sites(name)[0][1])]
         load_E = stats[sites(name)[0]].load_E
         assert row["load"] == [round(float(v / load_E.sum()), 5) for v in load_E]
@@ -391,7 +392,7 @@ class TestRuns:
             balance={"losses": {"sequence": 0.01}, "controllers": {"loss_free_bias": {"rate": 0.25}}},
         )
         runner.train(config)
-        rows = read_telemetry(config.output_dir)
+        rows = read_metrics(config.output_dir)
         assert len(rows) == 2
         assert all({"1", "2"} == set(row["layers"]) for row in rows)
         assert all(sum(layer["load"]) == pytest.approx(1, abs=1e-4) for row in rows for layer in row["layers"].values())

@@ -201,7 +201,8 @@ def test_training_arguments_carry_the_recipe(write: Any, tmp_path: Path) -> None
     assert found.learning_rate == pytest.approx(2e-3)  # the largest; the groups have their own
     assert found.remove_unused_columns is False
     assert found.average_tokens_across_devices is True
-    assert found.report_to in ([], ["none"], "none")
+    assert found.report_to == ["tensorboard"]
+    assert found.run_name == "out"
     assert found.use_cpu
 
 

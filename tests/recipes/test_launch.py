@@ -40,7 +40,7 @@ def test_the_script_is_short() -> None:
     code = [line for line in SLURM.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
     assert len(code) < 25
     asked = [line for line in SLURM.read_text().splitlines() if line.startswith("#SBATCH")]
-    assert len(asked) == 5
+    assert len(asked) == 8
 
 
 @pytest.mark.slow

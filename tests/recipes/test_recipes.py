@@ -28,19 +28,30 @@ FAMILIES = {
     "cumo_mistral_7b": {"pretrain", "prefinetune", "moe", "control"},
     "libmoe_siglip_phi3_5": {"pretrain", "prefinetune", "control", "smoe", "xmoe", "sigma_moe", "shared_e_v2"}
     | {"shared_e_v3", "tc_moe", "moe_plus_plus", "cosine", "perturbed_cosine", "hyper_router", "compete_smoe"},
-    "llava_1_5_7b": {"pretrain", "sft"},
-    "llava_1_5_13b": {"pretrain", "sft"},
+    "llava_1_5_7b": {"pretrain", "sft", "sft_lora", "sft_qlora"},
+    "llava_1_5_13b": {"pretrain", "sft", "sft_lora"},
     **{f"moe_llava_{name}": {"pretrain", "sft", "moe", "control"} for name in ("stablelm", "qwen", "phi2")},
     **{
         f"siglip2_qwen3_{size}": {"pretrain", "sft", "moe", "fine_grained", "control"}
+        | ({"moe_lora", "control_lora"} if size == "0_6b" else set())
         for size in ("0_6b", "1_7b", "4b")
     },
     "siglip_vicuna_7b": {"pretrain", "sft", "moe", "control"},
     "fused_towers_vicuna_7b": {"pretrain"},
     "llava_next_qwen2_7b": {"pretrain", "sft"},
-    "llava_onevision_qwen2_7b": {"pretrain", "single_image"},
+    "llava_onevision_qwen2_7b": {"pretrain", "single_image", "onevision"},
 }
-SCRIPTS = {"pretrain": "pretrain", "sft": "sft", "prefinetune": "sft", "single_image": "sft", "control": "sft"}
+SCRIPTS = {
+    "pretrain": "pretrain",
+    "sft": "sft",
+    "prefinetune": "sft",
+    "single_image": "sft",
+    "onevision": "sft",
+    "control": "sft",
+    "sft_lora": "sft",
+    "sft_qlora": "sft",
+    "control_lora": "sft",
+}
 
 
 def has_upcycle(path: Path) -> bool:
@@ -112,7 +123,8 @@ def test_every_run_has_a_folder_of_its_own() -> None:
 def test_dry_run(path: Path) -> None:
     text = describe(str(path), recipe_of(path))
     assert f"# {path} (dry run)" in text
-    assert "# tokens per step: at most " in text
+    amount = "about" if recipe_of(path).data.packing else "at most"  # packed rows are full
+    assert f"# tokens per step: {amount} " in text
     if path in PUBLISHED:
         counts = re.search(r"^# parameters: ([\d,]+) total, ([\d,]+) active per token, ([\d,]+) trainable", text, re.M)
         assert counts is not None
@@ -189,6 +201,8 @@ def test_every_stage_starts_where_another_ends(path: Path) -> None:
 PUBLISHED_NUMBERS: dict[str, tuple[int, float, int]] = {
     "llava_1_5_7b/pretrain": (256, 1e-3, 2048),
     "llava_1_5_7b/sft": (128, 2e-5, 2048),
+    "llava_1_5_7b/sft_lora": (128, 2e-4, 2048),
+    "llava_1_5_13b/sft_lora": (128, 2e-4, 2048),
     "llava_1_5_13b/pretrain": (256, 1e-3, 2048),
     "llava_1_5_13b/sft": (128, 2e-5, 2048),
     "moe_llava_phi2/pretrain": (256, 1e-3, 2048),
@@ -204,8 +218,13 @@ PUBLISHED_NUMBERS: dict[str, tuple[int, float, int]] = {
     "libmoe_siglip_phi3_5/smoe": (32, 4e-6, 2048),
     "libmoe_siglip_phi3_5/tc_moe": (32, 4e-6, 2048),
     "llava_onevision_qwen2_7b/single_image": (256, 1e-5, 32768),
+    "llava_onevision_qwen2_7b/onevision": (256, 1e-5, 32768),
 }
-TOWER_RATES = {"llava_onevision_qwen2_7b/single_image": 2e-6}
+# The rate of the tower, or of the projector beside adapters.
+OTHER_RATES = {
+    **dict.fromkeys((f"llava_onevision_qwen2_7b/{name}" for name in ("single_image", "onevision")), 2e-6),
+    **dict.fromkeys((f"llava_1_5_{size}/sft_lora" for size in ("7b", "13b")), 2e-5),
+}
 
 
 @pytest.mark.parametrize("recipe", list(PUBLISHED_NUMBERS))
@@ -216,7 +235,7 @@ def test_published_numbers(recipe: str) -> None:
     train: dict[str, Any] = config.train
     accumulation = train.get("gradient_accumulation_steps", 1)
     assert train["per_device_train_batch_size"] * accumulation * header_of(path).devices == samples
-    assert {r for r in config.stage.learning_rates.values() if r != TOWER_RATES.get(recipe)} == {rate}
+    assert {r for r in config.stage.learning_rates.values() if r != OTHER_RATES.get(recipe)} == {rate}
     assert config.data.max_length == length
     assert (train["num_train_epochs"], train["warmup_steps"], config.stage.weight_decay) == (1, 0.03, 0.0)
     assert "lr_scheduler_type" not in train  # cosine is what training_arguments takes

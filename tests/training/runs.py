@@ -25,15 +25,22 @@ from llava_moe.config import RunConfig, load_recipe
 from llava_moe.data.processing import load_processor
 from llava_moe.training import runner, trainer
 from llava_moe.training.arguments import training_arguments
+from llava_moe.training.metrics import read_metrics
 from llava_moe.training.objective import combine
-from llava_moe.training.telemetry import read_telemetry
 from llava_moe.training.trainer import LlavaMoeTrainer
 from tests.tiny import write_llava_json
 
 REPO = Path(__file__).parents[2]
 ALL_PARTS = {"projector": 1e-2, "decoder": 1e-2, "embeddings": 1e-2}
 MOE_PARTS = {**ALL_PARTS, "router": 1e-2, "experts": 1e-2}
-_QUIET = {"disable_tqdm": True, "logging_steps": 1, "per_device_train_batch_size": 2, "max_steps": 2, "use_cpu": True}
+_QUIET = {
+    "disable_tqdm": True,
+    "report_to": "none",
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+    "max_steps": 2,
+    "use_cpu": True,
+}
 
 
 def write_recipe(folder: Path, checkpoint: Path, data: tuple[Path, Path], /, **sections: Any) -> Path:
@@ -84,7 +91,8 @@ def make_trainer(config: RunConfig) -> LlavaMoeTrainer:
         image_mode=config.data.image_mode,
         template_options=config.data.template_options,
     )
-    sources = [(Path(s.path), Path(s.image_folder)) for s in config.data.sources]
+    plain = [(Path(s.path), Path(str(s.image_folder))) for s in config.data.sources]
+    sources = plain if config.data.index is None else Path(config.data.index)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     return runner._make_trainer(config, training_arguments(config), checkpoint, processor, sources)
 
@@ -116,8 +124,8 @@ def step_gradients(config: RunConfig, use_cross_entropy: bool = True) -> dict[st
 
 
 def losses(output_dir: str | Path) -> dict[int, float]:
-    """Step to loss, from the telemetry of a run."""
-    return {row["step"]: row["loss"] for row in read_telemetry(output_dir)}
+    """Step to loss, from the metrics of a run."""
+    return {row["step"]: row["loss"] for row in read_metrics(output_dir)}
 
 
 class _Stopper(TrainerCallback):  # type: ignore[misc]

@@ -14,8 +14,9 @@ from llava_moe.config import load_recipe
 from llava_moe.model.assemble import load_model
 from llava_moe.model.modeling import LlavaMoeForConditionalGeneration
 from llava_moe.training import runner
+from llava_moe.training.checkpoints import MANIFEST, last_whole_checkpoint
 from llava_moe.training.controllers import FILE
-from llava_moe.training.telemetry import read_telemetry
+from llava_moe.training.metrics import read_metrics
 from tests.tiny import write_llava_json
 from tests.tiny_model import tiny_model, tiny_moe, write_tiny_checkpoint
 from tests.training.controlled import BIASED, CAPPED, EVERYTHING, SECTIONS, buffers, final_buffers
@@ -48,7 +49,7 @@ def test_a_resumed_run_equals_a_whole_one(
     assert {tensor.dtype for tensor in saved.values()} <= {torch.float32}
     runner.train(broken)
     assert losses(broken.output_dir) == pytest.approx(losses(whole.output_dir), rel=1e-6)
-    one, other = (read_telemetry(config.output_dir) for config in (whole, broken))
+    one, other = (read_metrics(config.output_dir) for config in (whole, broken))
     assert [row["controllers"] for row in one] == [row["controllers"] for row in other]
     for found, expected in (
         (final_buffers(broken), final_buffers(whole)),
@@ -70,10 +71,8 @@ def test_a_resumed_run_equals_a_whole_one(
         )
 
 
-def test_the_state_is_there_before_a_checkpoint_counts_as_whole(
-    gated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A kill right after trainer_state.json must leave a checkpoint that can be resumed."""
+def test_the_state_belongs_to_a_whole_checkpoint(gated: Path, tmp_path: Path) -> None:
+    """It is there before the checkpoint has its name, and without it none counts as whole."""
     config = make_config(
         tmp_path,
         gated,
@@ -83,25 +82,24 @@ def test_the_state_is_there_before_a_checkpoint_counts_as_whole(
         train={"max_steps": 2, "save_steps": 1},
     )
     made = make_trainer(config)
-    seen = []
-    save_model = made.save_model
-
-    def watched(output_dir: str, **kwargs: Any) -> None:
-        seen.append((Path(output_dir).name, (Path(output_dir) / FILE).is_file()))
-        save_model(output_dir, **kwargs)
-
-    monkeypatch.setattr(made, "save_model", watched)
     made.train()
-    assert seen == [("checkpoint-1", True), ("checkpoint-2", True)]
+    out = Path(config.output_dir)
+    for step in (1, 2):
+        assert FILE in json.loads((out / f"checkpoint-{step}" / MANIFEST).read_text())["files"]
+    assert last_whole_checkpoint(out) == out / "checkpoint-2"
+    (out / "checkpoint-2" / FILE).unlink()
+    assert last_whole_checkpoint(out) == out / "checkpoint-1"
 
 
 def test_a_checkpoint_without_the_state_is_refused(gated: Path, tmp_path: Path) -> None:
+    """One of a version that wrote no list of its files."""
     data = write_llava_json(tmp_path / "data", 4)
     config = make_config(
         tmp_path, gated, data, **SECTIONS, balance=EVERYTHING["gated"], train={"max_steps": 4, "save_steps": 2}
     )
     interrupt(config, 3)
-    (Path(config.output_dir) / "checkpoint-2" / FILE).unlink()
+    for name in (FILE, MANIFEST):
+        (Path(config.output_dir) / "checkpoint-2" / name).unlink()
     with pytest.raises(
         ValueError, match=r"checkpoint-2/controllers\.safetensors is missing: the state of remoe_lambda"
     ):
@@ -115,7 +113,7 @@ def test_a_run_without_controllers_writes_no_state(moe_checkpoint: Path, tmp_pat
     )
     runner.train(config)
     assert not list(Path(config.output_dir).rglob(FILE))
-    assert "controllers" not in read_telemetry(config.output_dir)[0]
+    assert "controllers" not in read_metrics(config.output_dir)[0]
 
 
 def test_state_of_other_controllers_is_refused(gated: Path, tmp_path: Path) -> None:
@@ -212,7 +210,7 @@ def test_knobs_and_state_under_deepspeed_in_bfloat16(stage: int, tmp_path: Path)
             steps = value / rate
             torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
             assert steps.abs().max().round() == 4
-    rows = [row["controllers"] for row in read_telemetry(out)]
+    rows = [row["controllers"] for row in read_metrics(out)]
     assert [row["loss_free_bias"]["largest_bias"] for row in rows] == pytest.approx([n * rate for n in (1, 2, 3, 4)])
     # more than a twentieth is dropped, so alpha moves towards its maximum in every layer and step
     alpha = [0.01 * (1 - 0.5**n) for n in (1, 2, 3, 4)]

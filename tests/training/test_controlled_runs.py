@@ -15,7 +15,7 @@ from llava_moe.moe.controllers import StepStats, StepSums
 from llava_moe.training import runner
 from llava_moe.training.controllers import Controllers, moe_layers
 from llava_moe.training.dry_run import describe
-from llava_moe.training.telemetry import read_telemetry
+from llava_moe.training.metrics import read_metrics
 from tests.tiny import write_llava_json
 from tests.training.controlled import SECTIONS, buffers, final_buffers
 from tests.training.runs import make_config, make_trainer, write_recipe
@@ -38,7 +38,7 @@ def test_a_bias_moves_by_its_rate_in_every_step(biased: Path, tmp_path: Path) ->
         steps = bias / 0.25
         assert torch.equal(steps, steps.round())
         assert 0 < steps.abs().max() <= 3
-    rows = read_telemetry(config.output_dir)
+    rows = read_metrics(config.output_dir)
     assert rows[0]["controllers"]["loss_free_bias"]["largest_bias"] == 0.25
 
 
@@ -94,7 +94,7 @@ def test_lambda_drives_the_loss_and_is_logged(gated: Path, tmp_path: Path) -> No
     for name, balance in (("plain", losses), ("driven", driven)):
         config = make_config(tmp_path / name, gated, data, **SECTIONS, balance=balance, train={"max_steps": 3})
         make_trainer(config).train()
-        found.append(read_telemetry(config.output_dir))
+        found.append(read_metrics(config.output_dir))
     plain, rows = found
     # about half of the gates are open at the start, more than one of four, so the pressure grows
     assert [row["controllers"]["remoe_lambda"]["lambda"] for row in rows] == pytest.approx([0.015, 0.0225, 0.03375])
@@ -115,7 +115,7 @@ def test_alpha_and_drop_rates(capped: Path, tmp_path: Path) -> None:
     )
     made = make_trainer(config)
     made.train()
-    rows = read_telemetry(config.output_dir)
+    rows = read_metrics(config.output_dir)
     assert rows[0]["switch"] == 0  # alpha is 0 until something was dropped
     assert 0 < rows[1]["switch"] < 0.01
     for row in rows:
@@ -137,7 +137,7 @@ def test_the_capacity_follows_its_plan(capped: Path, tmp_path: Path) -> None:
         train={"max_steps": 2},
     )
     runner.train(config)
-    rates = [row["layers"]["0"]["drop_rate"] for row in read_telemetry(config.output_dir)]
+    rates = [row["layers"]["0"]["drop_rate"] for row in read_metrics(config.output_dir)]
     assert rates[0] == 0  # four times the mean load is every token
     assert all(float(factor) == 0.5 for factor in final_buffers(config).values())
 

@@ -10,16 +10,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 
 from llava_moe.config import RecipeError
+from llava_moe.data import record_check
 from llava_moe.data.checking import Limits, check_mixture
+from llava_moe.data.index import RecordIndex
 from llava_moe.data.mixture import Mixture, SourceSpec
 from llava_moe.data.processing import load_processor
 from llava_moe.data.sampler import modality_grouped_order
 from llava_moe.data.schema import DataError
+from llava_moe.training import data as training_data_module
 from llava_moe.training import runner
-from llava_moe.training.data import plain_sources
-from llava_moe.training.telemetry import read_telemetry
+from llava_moe.training.data import plain_sources, prepare_index, training_data
+from llava_moe.training.metrics import read_metrics
+from llava_moe.training.sampler import EpochSampler
 from tests.data.test_sources import rows, shard_members, write_parquet, write_tar
 from tests.tiny import write_llava_json
 from tests.training.runs import MOE_PARTS, losses, make_config, make_trainer, step_gradients, unequal_data
@@ -57,7 +63,7 @@ def test_a_packed_run_reports_its_useful_tokens_and_resumes_exactly(moe_checkpoi
     section = {"packing": True, "max_length": 160}
     whole = make_config(tmp_path, moe_checkpoint, data, **MOE, train=train, data=section)
     runner.train(whole)
-    row = read_telemetry(whole.output_dir)[-1]
+    row = read_metrics(whole.output_dir)[-1]
     assert row["useful_tokens"] == pytest.approx(1)  # one row in a batch: no padding at all
     report = done(whole)["data"]
     assert report["used"] == 9
@@ -67,6 +73,54 @@ def test_a_packed_run_reports_its_useful_tokens_and_resumes_exactly(moe_checkpoi
     interrupt(stopped, 3)
     runner.train(stopped)
     assert losses(stopped.output_dir) == losses(whole.output_dir)
+
+
+def test_packing_counts_tokens_once_for_a_run(
+    moe_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index is made at the start; a run that goes on neither checks nor tokenises again, and packs alike."""
+    data = unequal_data(tmp_path / "data", 9)
+    section = {"packing": True, "max_length": 160}
+    train = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 1}
+    config = make_config(tmp_path, moe_checkpoint, data, **MOE, train=train, data=section)
+    assert plain_sources(config) is None
+    made = make_trainer(config).train_dataset  # of the files themselves
+    interrupt(config, 3)
+    processor = load_processor(moe_checkpoint)
+    index = prepare_index(config, processor)
+    packed, _ = training_data(config, processor, index, None, "sdpa")
+    assert packed.plan == made.plan
+    monkeypatch.setattr(training_data_module, "check_mixture", lambda *_, **__: pytest.fail("checked again"))
+    monkeypatch.setattr(record_check, "encode", lambda *_: pytest.fail("tokenised again"))
+    runner.train(config)
+    assert done(config)["data"]["packs"] == len(made)
+
+
+def test_pictures_are_decoded_once_for_a_run(
+    moe_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_llava_json(tmp_path / "data", 6)
+    config = make_config(tmp_path, moe_checkpoint, data, train={"max_steps": 3, "save_steps": 1}, **MOE)
+    interrupt(config, 3)
+    monkeypatch.setattr(training_data_module, "check_sources", lambda *_, **__: pytest.fail("decoded again"))
+    runner.train(config)
+    (data[1] / "2.png").unlink()  # whether they are there is looked at in every start
+    again = elsewhere(config, "again")
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"2\.png does not exist"):
+        runner.train(again)
+
+
+def test_without_check_images_an_index_opens_none(moe_checkpoint: Path, tmp_path: Path) -> None:
+    path, images = write_llava_json(tmp_path / "data", 4)
+    (images / "1.png").write_bytes(b"no image")
+    section = {"packing": True, "check_images": False}
+    config = make_config(tmp_path, moe_checkpoint, (path, images), data=section, **MOE)
+    index = prepare_index(config, load_processor(moe_checkpoint))
+    assert len(RecordIndex(index)) == 4
+    checked = make_config(tmp_path / "b", moe_checkpoint, (path, images), data={"packing": True}, **MOE)
+    with pytest.raises(DataError, match=r"1 problem\(s\) in 4 record\(s\):\n.*1\.png is not an image"):
+        prepare_index(checked, load_processor(moe_checkpoint))
 
 
 def test_a_model_that_mixes_packed_samples_is_refused(dense_checkpoint: Path, tmp_path: Path) -> None:
@@ -193,3 +247,27 @@ def test_modality_grouping_keeps_lengths_together() -> None:
     )
     assert useful > 0.85
     assert order != modality_grouped_order(lengths, has_image, 8, torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("by_modality", [False, True])
+def test_groups_are_those_of_a_step_over_ranks_and_accumulation(by_modality: bool) -> None:
+    """Two ranks, two micro-batches of three samples: what they meet in a step is one group."""
+    world, accumulation, batch = 2, 2, 3
+    group = world * accumulation * batch
+    generator = np.random.default_rng(0)
+    lengths, has_image = generator.integers(1, 1000, 20 * group).tolist(), (generator.random(20 * group) < 0.6).tolist()
+    shards = []
+    for rank in range(world):
+        sampler = EpochSampler(lengths, 0, group, has_image if by_modality else None)
+        loader = DataLoader(range(20 * group), batch_size=batch, sampler=sampler)  # type: ignore[arg-type]
+        shard = prepare_data_loader(loader, num_processes=world, process_index=rank, put_on_device=False, rng_types=[])
+        shards.append([micro.tolist() for micro in shard])
+    steps = [
+        [i for shard in shards for micro in shard[start : start + accumulation] for i in micro]
+        for start in range(0, len(shards[0]), accumulation)
+    ]
+    assert sorted(i for step in steps for i in step) == list(range(20 * group))
+    spread = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in steps]
+    assert sum(spread) / len(spread) < 300  # of 1000 without grouping
+    mixed = sum(len({has_image[i] for i in step}) > 1 for step in steps)
+    assert mixed <= 2 if by_modality else mixed > 15

@@ -15,8 +15,8 @@ from llava_moe.data.collator import Collator
 from llava_moe.model.assemble import load_model
 from llava_moe.moe import BALANCE_LOSSES, LayerPlan, MlpSpec, RoutingContext, SiteKey, build_layer
 from llava_moe.training.controllers import moe_layers
+from llava_moe.training.metrics import read_metrics
 from llava_moe.training.objective import Balance, balance_terms, combine
-from llava_moe.training.telemetry import read_telemetry
 from tests.training.runs import (
     MOE_PARTS,
     make_config,
@@ -211,7 +211,7 @@ def test_parts_are_logged_unscaled(moe_checkpoint: Path, tmp_path: Path) -> None
         )
         made = make_trainer(config)
         made.train()
-        rows.append(read_telemetry(config.output_dir)[0])
+        rows.append(read_metrics(config.output_dir)[0])
     for name in ("cross_entropy", "switch", "z", "loss"):
         assert math.isclose(rows[0][name], rows[1][name], rel_tol=1e-5), name
     total = rows[0]["cross_entropy"] + sum(c * rows[0][name] for name, c in BALANCE.items())

@@ -1,11 +1,13 @@
-"""An interrupted run goes on as if nothing had happened; a finished one stays; another one is refused."""
+"""An interrupted run goes on as if nothing had happened; a finished one stays; another one is refused.
+
+Runs that are killed are in test_survival_kills.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from llava_moe.model.assemble import load_model
 from llava_moe.training import runner
 from llava_moe.training.runner import last_whole_checkpoint
 from tests.tiny import write_llava_json
-from tests.training.runs import MOE_PARTS, deepspeed, losses, make_config, start_ranks, stopping_trainer, write_recipe
+from tests.training.runs import MOE_PARTS, losses, make_config, stopping_trainer
 
 SECTIONS: dict[str, Any] = {"stage": {"learning_rates": MOE_PARTS}, "balance": {"losses": {"switch": 0.1}}}
 
@@ -131,41 +133,3 @@ def test_another_recipe_in_the_same_directory_is_refused(moe_checkpoint: Path, t
         RecipeError, match=r"another recipe \(different: stage\.learning_rates\.router, train\.max_steps\)"
     ):
         runner.train(changed)
-
-
-@pytest.mark.slow
-def test_a_killed_process_resumes(moe_checkpoint: Path, tmp_path: Path) -> None:
-    data = write_llava_json(tmp_path / "data", 6)
-    train = {"max_steps": 6, "save_steps": 2}
-    whole = make_config(tmp_path / "whole", moe_checkpoint, data, **SECTIONS, train=train)
-    runner.train(whole)
-    recipe = write_recipe(tmp_path / "killed", moe_checkpoint, data, **SECTIONS, train=train)
-    killed = start_ranks([sys.executable, "-m"], ["tests.training.runs", "kill", "5", str(recipe)])
-    assert killed.returncode == -9, killed.stdout[-3000:]
-    out = tmp_path / "killed" / "out"
-    assert last_whole_checkpoint(out) == out / "checkpoint-4"
-    runner.train(load_recipe(recipe))
-    assert losses(out) == pytest.approx(losses(whole.output_dir), rel=1e-6)
-
-
-@pytest.mark.slow
-def test_killed_ranks_resume_under_zero2(moe_checkpoint: Path, tmp_path: Path) -> None:
-    """Three steps in an epoch, so the resume at 4 is in the middle of the second; the judge is one process alone."""
-    data = write_llava_json(tmp_path / "data", 12, text_only_every=3)
-    train = {"max_steps": 6, "save_steps": 2}
-    whole = make_config(
-        tmp_path / "whole", moe_checkpoint, data, **SECTIONS, train={**train, "gradient_accumulation_steps": 2}
-    )
-    runner.train(whole)
-    recipe = write_recipe(
-        tmp_path / "killed", moe_checkpoint, data, **SECTIONS, train=train, deepspeed="scripts/deepspeed/zero2.json"
-    )
-    killed = start_ranks(deepspeed(2), ["tests.training.runs", "kill", "5", str(recipe)])
-    assert killed.returncode != 0
-    out = tmp_path / "killed" / "out"
-    assert last_whole_checkpoint(out) == out / "checkpoint-4"
-    done = start_ranks(deepspeed(2), ["llava_moe.train", str(recipe)])
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "going on from" in done.stdout
-    assert losses(out) == pytest.approx(losses(whole.output_dir), rel=1e-4)
-    assert load_model(out / "model")

@@ -1,4 +1,4 @@
-"""Odd batches, the order of the samples, and the telemetry file."""
+"""Odd batches, the order of the samples, and what the routing shows in the metrics."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 
-from llava_moe.moe import LayerStats, Routing, RoutingContext, RoutingScope
+from llava_moe.moe import Routing, RoutingContext, RoutingScope
 from llava_moe.training import runner
+from llava_moe.training.metrics import read_metrics
 from llava_moe.training.sampler import EpochSampler
-from llava_moe.training.telemetry import FILE, RoutingMeter, TelemetryCallback, read_telemetry
+from llava_moe.training.telemetry import RoutingMeter
 from llava_moe.training.trainer import LlavaMoeTrainer
 from tests.tiny import write_llava_json
 from tests.tiny_model import TINY_MOE
@@ -61,7 +62,7 @@ def test_a_step_without_any_answer_token_trains_without_nan(moe_checkpoint: Path
     made.train()
     for name, parameter in made.model.named_parameters():
         assert torch.isfinite(parameter).all(), name
-    rows = read_telemetry(tmp_path / "out")
+    rows = read_metrics(tmp_path / "out")
     assert [row["cross_entropy"] for row in rows] == [0.0, 0.0]
     assert all(row["loss"] > 0 for row in rows)  # the balance losses are still there
 
@@ -142,10 +143,10 @@ def test_the_callback_tells_the_sampler_the_epoch(moe_checkpoint: Path, tmp_path
     assert epochs == [0, 1, 2]
 
 
-def test_telemetry_rows(moe_checkpoint: Path, tmp_path: Path) -> None:
+def test_rows_of_metrics(moe_checkpoint: Path, tmp_path: Path) -> None:
     made = moe_trainer(tmp_path, moe_checkpoint, num_records=8, max_steps=4, logging_steps=2)
     made.train()
-    rows = read_telemetry(tmp_path / "out")
+    rows = read_metrics(tmp_path / "out")
     assert [row["step"] for row in rows] == [2, 4]
     for row in rows:
         assert {"loss", "grad_norm", "learning_rate", "seconds_per_step", "cross_entropy", "switch", "z"} <= row.keys()
@@ -167,30 +168,16 @@ def test_the_largest_violation_of_the_worked_example() -> None:
     scope, meter = RoutingScope(), RoutingMeter()
     context = RoutingContext.trivial(100)
     scope.record(site, routing, context)
-    meter.update({}, {site: routing}, scope, {site: LayerStats.measure(routing, context.token_mask_T)})
+    meter.update({}, {site: routing}, scope)
     row = meter.flush()["layers"]["0"]
     assert row["load"] == [0.1, 0.2, 0.3, 0.4]
     assert row["max_violation"] == pytest.approx(0.6, abs=1e-6)
     assert row["entropy"] == pytest.approx(math.log(4), abs=1e-5)
 
 
-def test_a_dense_model_has_telemetry_without_layers(dense_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_dense_model_has_metrics_without_layers(dense_checkpoint: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, dense_checkpoint, write_llava_json(tmp_path / "data", 4))
     make_trainer(config).train()
-    rows = read_telemetry(config.output_dir)
+    rows = read_metrics(config.output_dir)
     assert len(rows) == 2
     assert all("layers" not in row and row["cross_entropy"] == pytest.approx(row["loss"]) for row in rows)
-
-
-def test_telemetry_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    """Rows of steps that will run again go, and so does a line that a crash cut off."""
-    callback = TelemetryCallback(tmp_path)
-    callback.path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-
-    class State:
-        global_step = 2
-        is_world_process_zero = True
-
-    callback.on_train_begin(None, State(), None)
-    assert [row["step"] for row in read_telemetry(tmp_path)] == [1, 2]
-    assert callback.path == tmp_path / FILE

@@ -2,7 +2,7 @@
 
 A reader knows one file (or one saved data set). `scan` walks over it and says where each record lies without keeping
 any; `read` fetches a single record from there. So a source may be larger than memory, and a list of locations is enough
-to train on it in any order. Only a LLaVA JSON list is loaded whole, once, while it is scanned: JSON has no other way.
+to train on it in any order.
 
 | kind | files | a record | its images |
 | --- | --- | --- | --- |
@@ -18,7 +18,8 @@ need no `id`: they have one from the place where they lie.
 
 from llava_moe.data.sources.base import SOURCES, EmbeddedImage, Locator, Reader, Record, RecordError
 from llava_moe.data.sources.files import kind_of, open_files
-from llava_moe.data.sources.ranges import JsonLines, JsonList, TarShard
+from llava_moe.data.sources.json_list import JsonList
+from llava_moe.data.sources.ranges import JsonLines, TarShard
 from llava_moe.data.sources.tables import ParquetFile, SavedDataset
 
 __all__ = [

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from llava_moe.data.schema import IMAGE_MARKER, DataError, Sample, parse_record
 from llava_moe.registry import Registry
 
@@ -84,6 +86,7 @@ class Reader(ABC):
 
     kind: ClassVar[str]
     has_splits: ClassVar[bool] = False
+    block: ClassVar[int] = 32  # records that are worth handing to another process
 
     def __init__(self, path: Path, image_folder: Path | None = None, split: str | None = None) -> None:
         self.path = Path(path)
@@ -137,6 +140,13 @@ class Reader(ABC):
     def samples(self) -> Iterator[Sample]:
         """All samples in order, one at a time in memory."""
         return (self.sample(locator) for locator in self.scan())
+
+    def breaks(self, starts: np.ndarray) -> np.ndarray:
+        """Where in a sorted array of `Locator.start` records begin that are read from another part of the file.
+
+        Records of one part are checked by one process, if reading one of them means reading the part.
+        """
+        return np.zeros(0, np.int64)
 
     def random_access(self) -> Reader:
         """A reader of the same file and locators whose `read` is fast in any order."""

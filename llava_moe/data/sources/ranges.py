@@ -1,4 +1,4 @@
-"""Files whose records are byte ranges: LLaVA JSON, jsonl, webdataset tar."""
+"""Files whose records are byte ranges: jsonl, webdataset tar; `json_list.py` has LLaVA's JSON list."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class JsonLines(_ByteRanges):
     """One JSON object per line; empty lines are passed over."""
 
     kind = "jsonl"
+    _line = (0, 1)  # the last place that was asked for, and its line
 
     def scan(self) -> Iterator[Locator]:
         start = 0
@@ -55,9 +56,13 @@ class JsonLines(_ByteRanges):
         return f"line {self._line_of(locator.start)}"
 
     def _line_of(self, start: int) -> int:
+        known, line = self._line if self._line[0] <= start else (0, 1)  # broken records mostly come in their order
         with self.path.open("rb") as file:
+            file.seek(known)
             blocks = iter(lambda: file.read(min(_BLOCK, start - file.tell())), b"")
-            return 1 + sum(block.count(b"\n") for block in blocks)
+            line += sum(block.count(b"\n") for block in blocks)
+        self._line = (start, line)
+        return line
 
     def read(self, locator: Locator) -> Record:
         try:
@@ -73,50 +78,6 @@ class JsonLines(_ByteRanges):
             said = f"{self.place(locator)} is {type(fields).__name__}, expected an object"
             raise RecordError("unreadable", f"{self.path}: {said}")
         return Record(fields)
-
-
-@SOURCES.register("json")
-class JsonList(JsonLines):
-    """LLaVA's own form: one JSON list of objects."""
-
-    kind = "json"
-
-    def scan(self) -> Iterator[Locator]:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}: not UTF-8 text at byte {error.start}; convert the file to UTF-8") from error
-        decoder, place = json.JSONDecoder(), _skip_space(text, 0)
-        if text[place : place + 1] != "[":
-            raise DataError(
-                f"{self.path}: the top level is no list of records; for one record per line name the file *.jsonl"
-            )
-        counted, offset, place = 0, 0, _skip_space(text, place + 1)
-        while text[place : place + 1] != "]":
-            try:
-                _, end = decoder.raw_decode(text, place)
-            except json.JSONDecodeError as error:
-                raise self._broken(text, error.pos, error.msg) from error
-            offset += len(text[counted:place].encode())
-            size = len(text[place:end].encode())
-            yield Locator(offset, size)
-            counted, offset, place = end, offset + size, _skip_space(text, end)
-            if text[place : place + 1] == ",":
-                place = _skip_space(text, place + 1)
-                if text[place : place + 1] == "]":
-                    raise self._broken(text, place, "a comma before the end of the list")
-            elif text[place : place + 1] != "]":
-                raise self._broken(text, place, "expecting ',' or ']'")
-
-    def _broken(self, text: str, place: int, message: str) -> DataError:
-        line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
-        return DataError(f"{self.path}: not valid JSON at line {line}, column {column}: {message}")
-
-
-def _skip_space(text: str, place: int) -> int:
-    while place < len(text) and text[place] in " \t\r\n":
-        place += 1
-    return place
 
 
 @SOURCES.register("tar")

@@ -1,8 +1,7 @@
 """Tables: parquet files, and data sets that `Dataset.save_to_disk` wrote. They need the `datasets` package.
 
 A parquet file is scanned and checked in its row groups, each of which is read whole; in any other order that would read
-a group for every row. For training it is therefore turned into Arrow once, in the cache of `datasets`, where a single
-row is fetched without the others being in memory.
+a group for every row. For training it is therefore turned into Arrow once (`arrow_cache.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +16,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava_moe.data.schema import DataError
+from llava_moe.data.sources.arrow_cache import ArrowRows
 from llava_moe.data.sources.base import SOURCES, EmbeddedImage, Locator, Reader, Record, RecordError, aliased
 
-_ROW_GROUPS = 4  # in memory at a time; threads that check neighbouring blocks share them
+_ROW_GROUPS = 2  # in memory at a time
 
 
 def _needed(module: str, path: Path) -> Any:
@@ -62,6 +64,7 @@ class ParquetFile(_Table):
     """One parquet file."""
 
     kind = "parquet"
+    block = 4096
 
     def __init__(self, path: Path, image_folder: Path | None = None, split: str | None = None) -> None:
         super().__init__(path, image_folder, split)
@@ -86,6 +89,10 @@ class ParquetFile(_Table):
     def scan(self) -> Iterator[Locator]:
         return (Locator(row) for row in range(self._starts[-1]))
 
+    def breaks(self, starts: np.ndarray) -> np.ndarray:
+        group = np.searchsorted(self._starts, starts, side="right")
+        return np.flatnonzero(np.diff(group)) + 1
+
     def read(self, locator: Locator) -> Record:
         group = bisect_right(self._starts, locator.start) - 1
         if not 0 <= locator.start < self._starts[-1]:
@@ -100,15 +107,14 @@ class ParquetFile(_Table):
     def _group(self, group: int) -> Any:
         with self._lock:
             if group not in self._groups:
-                self._groups[group] = self._file.read_row_group(group)
+                self._groups[group] = self._file.read_row_group(group, use_threads=False)  # also in a fork
                 while len(self._groups) > _ROW_GROUPS:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
             return self._groups[group]
 
     def random_access(self) -> Reader:
-        datasets = _needed("datasets", self.path)
-        return _ArrowRows(self, datasets.Dataset.from_parquet(str(self.path)))
+        return _RowsInAnyOrder(self, ArrowRows(self.path, self.mark()))
 
 
 @SOURCES.register("hf")
@@ -147,17 +153,17 @@ class SavedDataset(_Table):
         return hashlib.sha1(f"{sizes}{self.split}".encode()).hexdigest()
 
 
-class _ArrowRows(_Table):
-    """The rows of a parquet file out of the cache of `datasets`."""
+class _RowsInAnyOrder(_Table):
+    """The rows of a parquet file out of `arrow_cache.py`."""
 
     kind = "parquet"
 
-    def __init__(self, of: ParquetFile, rows: Any) -> None:
+    def __init__(self, of: ParquetFile, rows: ArrowRows) -> None:
         super().__init__(of.path, of.image_folder)
-        self._rows = rows.with_format("arrow")
+        self._rows = rows
 
     def scan(self) -> Iterator[Locator]:
         return (Locator(row) for row in range(len(self._rows)))
 
     def read(self, locator: Locator) -> Record:
-        return self._row(self._rows[locator.start].to_pylist()[0], locator)
+        return self._row(self._rows.row(locator.start), locator)
