@@ -1,0 +1,1 @@
+"""Comparisons of methods over seeds and benchmarks: statistics, conclusions and the report."""
