@@ -103,6 +103,7 @@ def test_it_runs_where_nothing_is_installed() -> None:
     assert not done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_starts_without_the_packages_it_asks_for() -> None:
     """`import llava_moe` must not fail where doctor is needed most."""
     program = (

@@ -34,6 +34,7 @@ from tests.training.runs import (
 from tests.training.test_resume import elsewhere, interrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERYTHING)
 def test_a_resumed_run_equals_a_whole_one(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -54,6 +54,7 @@ class Spy(StepSums):
         return self.seen[-1]
 
 
+@pytest.mark.slow
 def test_micro_batches_are_added_up(biased: Path, tmp_path: Path) -> None:
     """One batch of four records moves the knobs as four micro-batches of one do, and both as their joint load says."""
     found = []

@@ -57,6 +57,7 @@ def test_a_packed_step_has_the_gradients_of_the_unpacked_one(moe_checkpoint: Pat
         torch.testing.assert_close(packed[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_a_packed_run_reports_its_useful_tokens_and_resumes_exactly(moe_checkpoint: Path, tmp_path: Path) -> None:
     data = unequal_data(tmp_path / "data", 9)
     train = {"max_steps": 5, "save_steps": 2, "per_device_train_batch_size": 1}
@@ -143,6 +144,7 @@ def mixed_sources(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_through_an_index_that_is_made_once(moe_checkpoint: Path, tmp_path: Path) -> None:
     sources = mixed_sources(tmp_path)
     config = make_config(tmp_path, moe_checkpoint, ("", ""), data={"sources": sources})  # type: ignore[arg-type]

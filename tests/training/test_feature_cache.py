@@ -19,6 +19,7 @@ from tests.training.runs import MOE_PARTS, losses, make_config
 STAGE = {"learning_rates": {**MOE_PARTS}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", ["siglip", "clip", "timm"])
 def test_losses_are_those_without_the_cache(vision: str, tmp_path: Path) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "start", TINY_MOE, vision=vision)
@@ -43,6 +44,7 @@ def test_features_are_what_the_stock_model_projects() -> None:
         torch.testing.assert_close(torch.stack(list(ours)), torch.stack(list(stock)))
 
 
+@pytest.mark.slow
 def test_a_store_is_written_once_and_a_changed_tower_gets_its_own(
     dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

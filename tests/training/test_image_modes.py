@@ -134,6 +134,7 @@ def test_models_are_assembled_for_their_image_mode(
         assert model(**processor.pad_prompts(encoded)).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_stages_with_other_image_modes(parts: dict[str, Any], tmp_path: Path) -> None:
     """Pretrained on whole images, tuned on tiles, then on other grids with a limit."""
     train = {"max_steps": 1}

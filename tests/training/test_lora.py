@@ -253,6 +253,7 @@ def test_an_adapter_directory_is_no_checkpoint(finished: RunConfig, tmp_path: Pa
         runner.train(make_config(tmp_path, adapter, write_llava_json(tmp_path / "data", 2)))
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_the_gradients(moe_checkpoint: Path, tmp_path: Path) -> None:
     found = []
     for name, checkpointing in (("plain", False), ("again", True)):

@@ -82,6 +82,7 @@ def test_the_merge_is_that_of_peft(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
 def test_decoders_that_are_moe_already_take_adapters(name: str, tmp_path: Path) -> None:
     base = write_native(tmp_path / "base", name)

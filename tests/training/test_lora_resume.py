@@ -55,6 +55,7 @@ def same_result(one: str | Path, other: str | Path) -> None:
         assert (Path(one) / file).read_bytes() == (Path(other) / file).read_bytes(), file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lora", "targets"), [({"dropout": 0.2}, ["attention", "mlp"]), ({}, [])], ids=["dropout", "experts"]
 )

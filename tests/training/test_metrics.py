@@ -172,6 +172,7 @@ def interrupted(config: RunConfig, step: int) -> None:
             runner.train(config)
 
 
+@pytest.mark.slow
 def test_totals_go_on_after_an_interruption_between_two_lines(moe_checkpoint: Path, tmp_path: Path) -> None:
     """Logged every 3 steps and saved every 2: the checkpoint of step 4 lies between two lines."""
     data = unequal_data(tmp_path / "data", 8)

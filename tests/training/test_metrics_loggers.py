@@ -84,6 +84,7 @@ def _stop() -> None:
     raise StoppedError
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_every_number_once_also_after_a_resume(moe_checkpoint: Path, tmp_path: Path) -> None:
     """Stopped at the end of step 4, two steps behind the checkpoint: step 3 was written and runs again."""
     config = moe_config(tmp_path, moe_checkpoint, report_to="tensorboard", max_steps=5, save_steps=2)

@@ -124,6 +124,7 @@ def slow_run(folder: Path, checkpoint: Path, item: float, step: float, **train: 
     return read_metrics(folder / "out")
 
 
+@pytest.mark.slow
 def test_the_wait_of_a_slow_data_set(
     dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

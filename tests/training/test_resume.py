@@ -45,6 +45,7 @@ def elsewhere(config: RunConfig, name: str) -> RunConfig:
     return dataclasses.replace(config, output_dir=str(Path(config.output_dir).with_name(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 @pytest.mark.parametrize(("accumulation", "stop"), [(1, 3), (1, 6), (2, 5)])
 def test_losses_after_a_resume_are_those_of_the_uninterrupted_run(

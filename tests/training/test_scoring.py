@@ -191,6 +191,7 @@ def _stop() -> None:
     raise StoppedError
 
 
+@pytest.mark.slow
 def test_a_resumed_run_scores_every_step_once(
     runs: tuple[RunConfig, RunConfig, dict[int, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_picture_that_breaks_stops_the_run_with_one_line(
     assert "start the run again" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_broken_samples_are_counted_over_workers_and_restarts(
     moe_checkpoint: Path, tmp_path: Path, packing: bool, capsys: pytest.CaptureFixture[str]

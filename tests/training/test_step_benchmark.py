@@ -14,6 +14,7 @@ from tests.training.runs import MOE_PARTS, write_recipe
 SMALL = ["--device", "cpu", "--rows", "2", "--length", "64", "--samples", "6", "--steps", "2", "--warmup", "0"]
 
 
+@pytest.mark.slow
 def test_cases_are_measured_or_said_to_be_skipped(
     moe_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def test_a_step_without_any_answer_token_trains_without_nan(moe_checkpoint: Path
     assert all(row["loss"] > 0 for row in rows)  # the balance losses are still there
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32(moe_checkpoint: Path, tmp_path: Path) -> None:
     data = write_llava_json(tmp_path / "data", 4)
     found = []

@@ -54,6 +54,7 @@ def test_the_recipe_wins(dense_checkpoint: Path, tmp_path: Path, monkeypatch: py
     assert found == {"default": 0, "named": 3}  # on a CPU, as in every test
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     """Over two epochs, with a router that draws random numbers, which the loader must not do before it."""
     noisy = tiny_moe(router={"name": "noisy_top_k", "args": {"k": 2}})
