@@ -121,7 +121,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]  # transformers ty
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The scheduler has moved on by the time a step is logged, under DeepSpeed even before the step ends.
         groups = self.trainer.optimizer.param_groups
-        self._rates = {part: float(group["lr"]) for part, group in zip(self._parts, groups, strict=False)}
+        self._rates = {part: float(group["lr"]) for part, group in zip(self._parts, groups, strict=True)}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.stopwatch.mark()
