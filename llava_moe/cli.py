@@ -109,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         arguments = _parser().parse_args(argv)
         if arguments.command == "train":
-            from llava_moe.train import run as run_train
+            from llava_moe.train import main as train
 
-            run_train(arguments.recipe, arguments.overrides)
+            train(arguments.recipe, arguments.overrides)
         elif arguments.command == "doctor":
             from llava_moe.doctor import main as doctor
 

@@ -49,10 +49,26 @@ def run(recipe: str, overrides: Sequence[str] = ()) -> None:
         distributed.finish()
 
 
+def main(recipe: str, overrides: Sequence[str] = ()) -> None:
+    """`run` as a process of its own: errors about input in one line, and a way out on which no rank aborts."""
+    from llava_moe.cli import exit_on_user_error
+
+    code: str | int | None = 0
+    try:
+        with exit_on_user_error():
+            run(recipe, overrides)
+    except SystemExit as stop:
+        code = stop.code
+        if not distributed.launched() or isinstance(code, str):
+            raise
+    if distributed.launched():
+        distributed.leave(int(code or 0))
+
+
 if __name__ == "__main__":
     from llava_moe.cli import exit_on_user_error
 
     with exit_on_user_error():
         if len(sys.argv) < 2:
             raise RecipeError("name a recipe: python -m llava_moe.train RECIPE [key=value ...]")
-        run(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2:])

@@ -147,13 +147,12 @@ def poisoned(sample_id: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    from llava_moe.cli import exit_on_user_error
-    from llava_moe.train import run
+    from llava_moe.train import main
 
     torch.set_num_threads(1)
     if sys.argv[1] == "kills":
         found = run_plan(json.loads(Path(sys.argv[2]).read_text()))
         Path(sys.argv[2]).with_name("told.json").write_text(json.dumps(found))
     else:  # poisoned SAMPLE RECIPE: as llava_moe.train
-        with exit_on_user_error(), poisoned(sys.argv[2]):
-            run(sys.argv[3])
+        with poisoned(sys.argv[2]):
+            main(sys.argv[3])
