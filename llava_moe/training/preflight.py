@@ -10,7 +10,8 @@ from typing import Any
 
 from llava_moe.config import RecipeError, RunConfig
 from llava_moe.data.mixture import load_mixture
-from llava_moe.data.schema import DataError, load_records
+from llava_moe.data.records import open_plain
+from llava_moe.data.schema import DataError
 from llava_moe.training.checkpoints import SaveError, free_bytes, last_whole_checkpoint
 from llava_moe.training.stage import count_trainable
 
@@ -58,11 +59,16 @@ def _problem(folder: Path) -> str | None:
 
 
 def _has_visuals(path: Path) -> bool:
-    """Whether any record of a LLaVA file has an image or a video; True for kinds of files that are not read here."""
+    """Whether any record of a LLaVA file has an image or a video; True for kinds of files that are not read here.
+
+    One record at a time is in memory, and the first one that has settles it.
+    """
     if path.suffix not in (".json", ".jsonl"):
         return True
+    readers, _ = open_plain([(path, Path())])
     try:
-        return any("image" in record or "video" in record for record in load_records(path) if isinstance(record, dict))
+        records = (reader.read(locator).fields for reader in readers for locator in reader.scan())
+        return any(record.get(key) not in (None, []) for record in records for key in ("image", "video"))
     except DataError:
         return False  # the check of the records says it better
 

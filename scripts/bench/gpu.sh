@@ -15,10 +15,9 @@ for one in ${PARTS:-tests step telemetry layer}; do
     step) part 200 "training steps" benchmarks/training_step.py "${RECIPE:-scripts/recipes/siglip2_qwen3_0_6b/moe.yaml}" \
       --json "$step/$name.json" ;;
     telemetry) part 60 "routing telemetry" benchmarks/telemetry.py --device cuda --width 2048 --decoder-layers 24 --length 512 ;;
-    layer) for shape in "8 2 1408 512" "8 2 5632 2048" "64 8 1024 2048"; do read -r experts k intermediate width <<<"$shape"
-        part 70 "layer of width $width, $experts experts" benchmarks/moe_layer.py --device cuda --dtype bfloat16 \
-          --tokens 8192 --width "$width" --experts "$experts" --k "$k" --intermediate "$intermediate" \
-          --json "$layer/${name}_d${width}_e${experts}_k${k}.json"
+    layer) for shape in "8 2 1408 512" "8 2 5632 2048" "64 8 1024 2048"; do read -r e k inner width <<<"$shape"
+        part 70 "layer of width $width, $e experts" benchmarks/moe_layer.py --device cuda --dtype bfloat16 --tokens 8192 \
+          --width "$width" --experts "$e" --k "$k" --intermediate "$inner" --json "$layer/${name}_d${width}_e${e}_k$k.json"
       done ;;
     *) fail "PARTS: $one is unknown (tests, step, telemetry, layer)" ;;
   esac

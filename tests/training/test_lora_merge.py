@@ -16,7 +16,7 @@ from llava_moe.model.lora_merge import ADAPTERS, adapter_scale, merge_weight
 from llava_moe.model.lora_targets import lora_targets
 from llava_moe.training import lora
 from llava_moe.training.stage import apply_stage
-from tests.model.test_native import write_native
+from tests.model.native_cases import write_native
 from tests.tiny_model import tiny_model, tiny_moe, tiny_processor, tiny_text_config, write_tiny_checkpoint
 from tests.training.lora_cases import MOE_RATES, adapted, logits_of, lora_config
 from tests.training.test_saving import names_on_disk

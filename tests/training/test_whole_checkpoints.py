@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,6 +207,53 @@ def test_text_alone_needs_no_image_folder(tmp_path: Path, dense_checkpoint: Path
     text = write_llava_json(tmp_path / "data", 2, text_only_every=1)[0]
     data = (text, tmp_path / "nowhere")
     preflight.check_image_folders(make_config(tmp_path, dense_checkpoint, data))
+
+
+class TestRecordsWithoutAFolder:
+    """Whether a missing image folder matters is read off the records, which may be gigabytes."""
+
+    ROOM = 8 * 2**20
+
+    def check(self, path: Path, tmp_path: Path, dense_checkpoint: Path) -> int:
+        """The most memory that Python held meanwhile."""
+        config = make_config(tmp_path, dense_checkpoint, (path, tmp_path / "nowhere"))
+        tracemalloc.start()
+        try:
+            preflight.check_image_folders(config)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    def write(self, path: Path, num_records: int, **last: Any) -> None:
+        """Records of 100 kB; `last` is in the last one alone."""
+        turns = [{"from": "human", "value": "why " * 25_000}, {"from": "gpt", "value": "so"}]
+        records = [{"id": str(i), "image": None, "conversations": turns} for i in range(num_records)]
+        records[-1].update(last)
+        lines = [json.dumps(record) for record in records]
+        path.write_text("\n".join(lines) if path.suffix == ".jsonl" else "[" + ",\n".join(lines) + "]")
+
+    @pytest.mark.parametrize("suffix", ["json", "jsonl"])
+    def test_text_is_walked_over(self, suffix: str, tmp_path: Path, dense_checkpoint: Path) -> None:
+        path = tmp_path / f"text.{suffix}"
+        self.write(path, 300)
+        assert path.stat().st_size > 3 * self.ROOM
+        assert self.check(path, tmp_path, dense_checkpoint) < self.ROOM
+
+    @pytest.mark.parametrize("suffix", ["json", "jsonl"])
+    def test_an_image_at_the_end_is_found(self, suffix: str, tmp_path: Path, dense_checkpoint: Path) -> None:
+        path = tmp_path / f"last.{suffix}"
+        self.write(path, 30, image="a.png")
+        with pytest.raises(RecipeError, match=r"image_folder: .*nowhere does not exist"):
+            self.check(path, tmp_path, dense_checkpoint)
+
+    @pytest.mark.parametrize("suffix", ["json", "jsonl"])
+    def test_nothing_is_read_behind_the_first_image(self, suffix: str, tmp_path: Path, dense_checkpoint: Path) -> None:
+        """What follows is no JSON: read, it would make the file a broken one, about which nothing is said here."""
+        path = tmp_path / f"first.{suffix}"
+        record = json.dumps({"id": "0", "video": "a.mp4", "conversations": []})
+        path.write_text(f"[{record}, ?" if suffix == "json" else f"{record}\n?\n")
+        with pytest.raises(RecipeError, match=r"image_folder: .*nowhere does not exist"):
+            self.check(path, tmp_path, dense_checkpoint)
 
 
 class TestAnotherDivision:
