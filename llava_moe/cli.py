@@ -33,6 +33,7 @@ _OWN_PARSER = {
     "check-data": ("check records and images of a mixture, and write a clean index", "llava_moe.check_data"),
     "import": ("turn a checkpoint of another program into one of ours", "llava_moe.convert:Import"),
     "analyze": ("plots, numbers and alarms of recorded runs", "llava_moe.analysis.cli"),
+    "compare": ("train and score methods on several seeds, and say what the differences show", "llava_moe.compare.run"),
     "card": ("put scores or a licence into a checkpoint's model card", "llava_moe.card"),
     "export": ("turn a checkpoint into one that transformers, vLLM and SGLang load", "llava_moe.convert:Export"),
     "merge": ("put the LoRA adapters of a run into their base", "llava_moe.merge"),

@@ -57,7 +57,9 @@ def markdown_cell(cell: Cell) -> str:
     """The cell in a Markdown table."""
     text = _escaped(cell.text)
     text = f"**{text}**" if cell.bold else text
-    return f"{text} {_escaped(cell.small)}".strip()
+    small = _escaped(cell.small)
+    # beside a number stands another or an interval; beside a name, words
+    return f"{text} ({small})" if text and small[:1].isalpha() else f"{text} {small}".strip()
 
 
 def _escaped(text: str) -> str:

@@ -23,6 +23,26 @@ def task_manager(include_defaults: bool) -> Any:
     return TaskManager(include_path=str(TASKS_FOLDER), include_defaults=include_defaults, model_name=MODEL_ID)
 
 
+def accelerator() -> Any:
+    """accelerate's view of this process; all of scoring must take it from here.
+
+    Raises:
+        EvaluationError: it sees another number of processes than were launched; each would answer everything.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # without `cpu` the ranks of a machine without a GPU would not know of each other
+    found = Accelerator(cpu=True) if launched > 1 and not torch.cuda.is_available() else Accelerator()
+    if found.num_processes != launched:
+        raise EvaluationError(
+            f"WORLD_SIZE is {launched}, but accelerate sees {found.num_processes} processes; start with torchrun, and "
+            "on a machine without a GPU with ACCELERATE_USE_CPU=true"
+        )
+    return found
+
+
 def run_lmms_eval(
     adapter: Any, sources: Mapping[str, Path], out: Path, arguments: Mapping[str, Any], silent: bool = False
 ) -> dict[str, Any] | None:
@@ -45,7 +65,7 @@ def run_lmms_eval(
     logs.mkdir(exist_ok=True)
     rank = os.environ.get("RANK", "0")
     log = logs / ("log.txt" if rank == "0" else f"log_rank{rank}.txt")
-    with tempfile.TemporaryDirectory(prefix="llava_moe_eval_") as cache, _captured(log, silent):
+    with tempfile.TemporaryDirectory(prefix="llava_moe_eval_") as cache, captured(log, silent):
         raw: dict[str, Any] | None = evaluator.simple_evaluate(
             model=adapter,
             tasks=[_task_config(name, sources[name], cache) if name in sources else name for name in names],
@@ -98,7 +118,7 @@ def offline(active: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _captured(log: Path, silent: bool) -> Iterator[None]:
+def captured(log: Path, silent: bool) -> Iterator[None]:
     """Sends what lmms-eval logs and prints to a file; its progress bars stay on the terminal unless it is silent."""
     from loguru import logger
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_samples(run: Path, task: str, samples: list[dict[str, Any]]) -> None:
     """Writes a task's answers, one JSON object a line."""
-    _write_text(samples_path(run, task), "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    _write_text(
+        samples_path(run, task), "".join(json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples)
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -143,17 +146,39 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
     """All answers of a finished run, in the order of its tasks; each sample names its task.
 
     Raises:
-        EvaluationError: the run is not finished, or a sample file is missing.
+        EvaluationError: the run is not finished, tasks of it failed, or a sample file is missing.
     """
     results = read_json(run / RESULTS_FILE)
+    if failed := results.get("failed"):
+        raise EvaluationError(f"{run}: the scoring of {', '.join(failed)} failed; score {run} again")
     samples: list[dict[str, Any]] = []
     for task in results["tasks"]:
         path = samples_path(run, task)
         if not path.is_file():
             raise EvaluationError(f"{path} is missing although {run / RESULTS_FILE} lists the task; score {run} again")
-        lines = path.read_text(encoding="utf-8").splitlines()
-        samples.extend({"task": task, **json.loads(line)} for line in lines)
+        samples.extend({"task": task, **sample} for sample in read_task_samples(run, task))
     return samples
+
+
+def hardware() -> str:
+    """The name of what computes: the GPUs that this process may use, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(encoding="utf-8", errors="replace").split("\n") if listed.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = next(iter(named), platform.processor() or platform.machine())
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def read_task_samples(run: Path, task: str) -> list[dict[str, Any]]:
+    """The answers to one task, in the order of its documents."""
+    # by "\n" alone: splitlines would also cut at U+2028, which stands in answers unescaped
+    lines = samples_path(run, task).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def local_tasks(names: Iterable[str]) -> list[LocalTask]:

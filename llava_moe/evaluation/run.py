@@ -1,33 +1,37 @@
-"""Scores a checkpoint: a wrapper of lmms-eval's `simple_evaluate` that fails loudly and records what it scored.
+"""Scores checkpoints on suites of benchmarks with lmms-eval; docs/evaluation.md says more.
 
-lmms-eval's own command exits with 0 after any error, hashes neither the data nor the checkpoint, and needs the hub.
-Here a failure raises, `results.json` names what was scored by content, and the local tasks never leave the machine.
+Exit code 0 means that every task was scored. What is finished stays in OUT, so a command that was interrupted goes on.
 """
+
+# For programs: `evaluate` scores one checkpoint on any task of the catalogue, local or not. Each sample has a `credit`
+# of 0 to 1 (None where only the whole is scored). Answers stay in OUT/answers; give another `variant` where the model
+# of a checkpoint is changed before it answers.
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llava_moe.evaluation import EvaluationError, records, stats
-from llava_moe.evaluation.machinery import offline, run_lmms_eval, task_manager
+from llava_moe.evaluation import EvaluationError, prepared, records, suites, tables
+from llava_moe.evaluation.judge import Judge, ask, find_judge
+from llava_moe.evaluation.scores import score_answers as score_answers  # for live.py
+from llava_moe.evaluation.session import Session, Settings
 from llava_moe.evaluation.tasks import LOCAL_TASKS
 from llava_moe.registry import near_misses
 
 PACKAGES = ("llava_moe", "lmms-eval", "torch", "transformers", "datasets", "pillow", "numpy")
 DEFAULT_BATCH_SIZE = 16
-YES_NO = {"yes", "no"}
+BLANK = "blank"
 
 
 def evaluate(
     checkpoint: Path,
-    data: Path,
+    data: Path | None,
     tasks: Sequence[str],
     out: Path,
     batch_size: int = DEFAULT_BATCH_SIZE,
@@ -35,62 +39,38 @@ def evaluate(
     blank_images: bool = False,
     device: str | None = None,
     dtype: str = "float32",
+    mirror: Path | None = None,
+    variant: str = "",
 ) -> dict[str, Any]:
-    """Scores one checkpoint and writes OUT/results.json and OUT/samples_TASK.jsonl.
+    """Scores one checkpoint and writes OUT/results.json, OUT/samples_TASK.jsonl and OUT/samples.html.
 
     Args:
         checkpoint: directory of a llava_moe or stock LLaVA checkpoint.
-        data: folder with the local tasks' parquet files.
-        tasks: local tasks, or any task of lmms-eval (those fetch their data themselves).
-        out: folder of this run; a finished run of the same content and arguments there is returned as it is.
+        data: folder with the local tasks' parquet files; None where there are none.
+        tasks: local tasks, or any task of lmms-eval.
+        out: folder of this run; a finished run of the same content and arguments there is returned as it is, and an
+            interrupted one goes on.
         batch_size: prompts answered together.
         limit: only the first so many records of each task.
         blank_images: shows a mid-grey picture instead of every picture (the blind baseline).
         device: where to compute; by default a GPU when there is one.
         dtype: of the weights.
+        mirror: folder of data sets (docs/evaluation.md); by default lmms-eval fetches them.
+        variant: see `session.Settings`.
 
     Returns:
         What results.json holds; empty on the ranks other than 0 of a distributed run.
 
     Raises:
-        EvaluationError: something asked for is missing or inconsistent; said before computing where possible.
+        EvaluationError: something asked for is missing or inconsistent, said before computing where possible; or a task
+            failed. results.json then holds the others.
     """
-    if limit is not None and limit < 1:
-        raise EvaluationError(f"limit must be a whole number from 1 on, not {limit}")
-    files, sources = records.checkpoint_files(checkpoint), check_tasks(tasks, data)
-    all_local = len(sources) == len(tasks)
-    key: dict[str, Any] = {
-        "checkpoint_sha256": records.sha256_of(files),
-        "data_sha256": {name: records.sha256_of([path]) for name, path in sources.items()},
-        "arguments": {"tasks": list(tasks), "batch_size": batch_size, "limit": limit}
-        | {"blank_images": blank_images, "device": device, "dtype": dtype},
-        "versions": versions(),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    if all_local and (finished := _finished_run(out, key)) is not None:
-        print(f"{out}: already scored with the same checkpoint, data and arguments; skipped")
-        return finished
-    rows = {name: records.read_rows(path, LOCAL_TASKS.get(name)) for name, path in sources.items()}
-    (out / records.RESULTS_FILE).unlink(missing_ok=True)  # never an old score beside new answers
-
-    start = time.perf_counter()
-    with offline(active=all_local):
-        adapter = _adapter(checkpoint, key["arguments"])
-        raw = run_lmms_eval(adapter, sources, out, key["arguments"])
-    if raw is None:
-        return {}
-    scored = score_answers(raw, rows, out)
-    results = {"checkpoint": str(checkpoint), **key, "template": str(adapter.processor.template), **scored}
-    results["seconds"] = round(time.perf_counter() - start, 3)
-    records.write_json(out / records.RESULTS_FILE, results)
-    return results
-
-
-def _adapter(checkpoint: Path, arguments: dict[str, Any]) -> Any:
-    from llava_moe.evaluation.lmms import LlavaMoe
-
-    options = ("batch_size", "device", "dtype", "blank_images")
-    return LlavaMoe(pretrained=str(checkpoint), **{name: arguments[name] for name in options})
+    suites.check_limit(tasks, limit)
+    records.checkpoint_files(checkpoint)
+    sources, judge = check_tasks(tasks, data), _asked_judge(tasks, None, None)
+    settings = Settings(batch_size, limit, blank_images, device, dtype, variant=variant)
+    with Session(tasks, sources, versions(), mirror, judge) as session:
+        return session.score(checkpoint, out, settings)
 
 
 def versions() -> dict[str, str]:
@@ -102,163 +82,159 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_tasks(tasks: Sequence[str], data: Path) -> dict[str, Path]:
-    """Refuses unknown tasks; the data files of the local ones."""
+def check_tasks(tasks: Sequence[str], data: Path | None) -> dict[str, Path]:
+    """Refuses unknown tasks; the data files of the local ones.
+
+    Raises:
+        EvaluationError: names the task, and what was perhaps meant; or a data file that is missing.
+    """
     if not tasks:
         raise EvaluationError(f"no task given; local ones are {', '.join(LOCAL_TASKS.names())}")
     if len(set(tasks)) != len(tasks):
         raise EvaluationError(f"a task is named twice in {', '.join(tasks)}")
-    foreign = [name for name in tasks if name not in LOCAL_TASKS]
+    foreign = [name for name in tasks if name not in suites.BENCHMARKS]
     for name in foreign:
         if name.startswith("local_"):
             raise EvaluationError(f"unknown task {name!r}; {near_misses(name, LOCAL_TASKS.names())}")
-    if foreign:
-        known = task_manager(include_defaults=True).all_tasks
-        for name in foreign:
-            if name not in known:
-                raise EvaluationError(f"unknown task {name!r}; {near_misses(name, LOCAL_TASKS.names() + known)}")
-    return {task.name: records.data_file(data, task) for task in records.local_tasks(tasks)}
+    if foreign:  # the index of lmms-eval's tasks takes ten seconds to read
+        suites.expand(foreign, known=prepared.index(include_defaults=True).all_tasks)
+    local = records.local_tasks(tasks)
+    if local and data is None:
+        raise EvaluationError(f"{', '.join(task.name for task in local)}: give --data, the folder of their records")
+    return {} if data is None else {task.name: records.data_file(data, task) for task in local}
 
 
-def _finished_run(out: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    path = out / records.RESULTS_FILE
-    if not path.is_file():
-        return None
-    results: dict[str, Any] = records.read_json(path)
-    same = all(results.get(name) == value for name, value in key.items())
-    complete = all(records.samples_path(out, name).is_file() for name in results.get("tasks", {}))
-    return results if same and complete else None
-
-
-def _samples(name: str, raw: dict[str, Any], rows: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """The answers to one task in the order of its documents."""
-    samples = []
-    for logged in sorted(raw["samples"][name], key=lambda logged: int(logged["doc_id"])):
-        doc_id = int(logged["doc_id"])
-        prompt = str(logged["arguments"][0]) if logged.get("arguments") else str(logged.get("input", ""))
-        sample = {
-            "doc_id": doc_id,
-            "id": str(doc_id),
-            "family": name,
-            "question": prompt,
-            "prompt": prompt,
-            "target": logged["target"],
-            "answer": _first(logged["filtered_resps"]),
-            "correct": None,  # only the local tasks judge each answer alike
-        }
-        if rows is not None:
-            row = rows[doc_id]
-            sample |= {"id": row["id"], "family": row["family"], "question": row["question"]}
-            sample["correct"] = LOCAL_TASKS.get(name).is_correct(logged)
-        samples.append(sample)
-    return samples
-
-
-def score_answers(raw: dict[str, Any], rows: dict[str, list[dict[str, Any]]], out: Path) -> dict[str, Any]:
-    """Writes the answers to each task; the scores of the tasks and families."""
-    samples = {name: _samples(name, raw, rows.get(name)) for name in raw["samples"]}
-    tasks = {name: _task_score(name, raw, samples[name]) for name in samples}
-    for name, task_samples in samples.items():
-        records.write_samples(out, name, task_samples)
-    return {"tasks": tasks, "families": _family_scores([sample for name in rows for sample in samples[name]])}
-
-
-def _first(responses: Any) -> Any:
-    while isinstance(responses, list) and len(responses) == 1:
-        responses = responses[0]
-    return responses
-
-
-def _task_score(name: str, raw: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """The official metrics of a task; for a local one also its accuracy, which must agree with them."""
-    metrics = {
-        metric.partition(",")[0]: value
-        for metric, value in raw["results"][name].items()
-        if "_stderr" not in metric and isinstance(value, (int, float))
-    }
-    score: dict[str, Any] = {"n": len(samples), "official": metrics}
-    if name in LOCAL_TASKS:
-        task = LOCAL_TASKS.get(name)
-        correct = [sample["correct"] for sample in samples]
-        value = stats.accuracy(correct)
-        if abs(value - metrics[task.metric] / task.scale) > 1e-6:
-            raise EvaluationError(
-                f"task {name!r}: {sum(correct)} of {len(correct)} answers were judged correct, but the official "
-                f"{task.metric} is {metrics[task.metric]}; the installed lmms-eval scores in another way than expected"
-            )
-        interval = list(stats.wilson_interval(sum(correct), len(correct)))
-        score |= {"metric": task.metric, "score": value, "interval": interval}
-    return score
-
-
-def _family_scores(samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for sample in samples:
-        groups.setdefault(sample["family"], []).append(sample)
-    scores: dict[str, dict[str, Any]] = {}
-    for family, members in groups.items():
-        correct = [bool(member["correct"]) for member in members]
-        targets = [str(member["target"]) for member in members]
-        scores[family] = {
-            "n": len(members),
-            "accuracy": stats.accuracy(correct),
-            "interval": list(stats.wilson_interval(sum(correct), len(correct))),
-        }
-        if set(targets) <= YES_NO:
-            scores[family]["balanced_accuracy"] = stats.balanced_accuracy(correct, targets)
-            scores[family]["balanced_interval"] = list(stats.balanced_accuracy_interval(correct, targets))
-    return scores
+def _asked_judge(tasks: Sequence[str], url: str | None, model: str | None) -> Judge | None:
+    judge = find_judge(tasks, url, model)
+    if judge is not None and os.environ.get("RANK", "0") == "0":
+        ask(judge, tasks)
+    return judge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `llava-moe eval`."""
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="checkpoint directories")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the local tasks' parquet files")
+    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="checkpoint directories")
     parser.add_argument(
         "--tasks",
         type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
-        default=LOCAL_TASKS.names(),
-        help=f"comma-separated: {', '.join(LOCAL_TASKS.names())}, or tasks of lmms-eval (default: the local ones)",
+        help=f"comma-separated suites ({', '.join(suites.SUITES.names())}) and tasks; default: quickstart",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for results; one below it per checkpoint")
-    parser.add_argument("--limit", type=int, help="only the first N records of each task")
-    parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE)
+    parser.add_argument("--out", type=Path, help="folder for results; with several checkpoints one below it for each")
+    parser.add_argument("--data", type=Path, help="folder with the local tasks' parquet files")
+    parser.add_argument(
+        "--mirror", type=Path, metavar="DIR", help="read benchmarks from here, without network or token"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records of each task")
+    parser.add_argument("--list", action="store_true", help="show suites and tasks (those of --tasks), and leave")
+    parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE, metavar="N")
+    parser.add_argument(
+        "--batch-tokens", type=int, metavar="N", help="bound on the tokens of a batch, answers included"
+    )
+    parser.add_argument(
+        "--vision-cache-mib", type=float, default=256, metavar="N", help="features of pictures kept; 0: none"
+    )
+    parser.add_argument("--device", help="cpu, cuda:0, ...; by default a GPU when there is one")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--seed", type=int, metavar="N", help="of all generators; default: lmms-eval's own seeds")
     parser.add_argument("--blank-images", action="store_true", help="show a grey picture instead (blind baseline)")
     parser.add_argument(
         "--blind", type=Path, metavar="CHECKPOINT", help="score this one on grey pictures too, into OUT/blank"
     )
-    parser.add_argument("--device", help="cpu, cuda:0, ...; by default a GPU when there is one")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--routing", action="store_true", help="write what the experts did for each question")
+    parser.add_argument("--judge", metavar="URL", help="an OpenAI-compatible server of yours, for judged tasks")
+    parser.add_argument("--judge-model", metavar="NAME", help="the judge's model; default: MODEL_VERSION or gpt-4o")
+    parser.add_argument("--fresh", action="store_true", help="ask everything again, also what is answered in OUT")
 
 
 def main(args: argparse.Namespace) -> int:
-    """`llava-moe eval`: scores each checkpoint and prints one table for each."""
-    runs = [
-        (checkpoint, out, args.blank_images)
-        for checkpoint, out in zip(args.checkpoints, out_folders(args.checkpoints, args.out), strict=True)
-    ]
-    if args.blind is not None:
-        runs.append((args.blind, args.out / "blank", True))
-    for checkpoint, out, blank in runs:
-        results = evaluate(
-            checkpoint,
-            args.data,
-            args.tasks,
-            out,
-            batch_size=args.batch_size,
-            limit=args.limit,
-            blank_images=blank,
-            device=args.device,
-            dtype=args.dtype,
-        )
-        if results:
-            _print_scores(results, out)
-        if results and not blank:
-            _renew_card(checkpoint, results)
+    """`llava-moe eval`: scores each checkpoint, prints and writes one table of all.
+
+    Raises:
+        EvaluationError: something is wrong with what was asked for; or, at the end, a checkpoint's tasks failed.
+    """
+    mirror = None if args.mirror is None else args.mirror.absolute()
+    if args.list:
+        from llava_moe.evaluation.listing import listing
+
+        print(listing(suites.expand(args.tasks) if args.tasks else [], mirror))
+        return 0
+    tasks = suites.expand(["quickstart"] if args.tasks is None else args.tasks)
+    suites.check_limit(tasks, args.limit)
+    runs = _runs(args)
+    sources = check_tasks(tasks, args.data)
+    judge = _asked_judge(tasks, args.judge, args.judge_model)
+    scored: dict[str, dict[str, Any]] = {}
+    failures: list[Exception] = []
+    with Session(tasks, sources, versions(), mirror, judge) as session:
+        for name, (checkpoint, out, settings) in runs.items():
+            try:
+                results = session.score(checkpoint, out, settings, fresh=args.fresh)
+            except Exception as error:
+                alone = len(runs) == 1 and not isinstance(error, EvaluationError)
+                if alone or session.world_size > 1:  # the other ranks must be ended
+                    raise
+                session.progress.say(f"{checkpoint}: FAILED, {prepared.first_line(error)}")
+                failures.append(error)
+                results = _kept(session.home / out)
+            if results:
+                scored[name] = results
+                _print_scores(results, out)
+            if results and not settings.blank_images:
+                _renew_card(session.home / checkpoint, results)
+    if scored:
+        print(f"{tables.write(args.out, scored)}")
+    if failures:
+        raise EvaluationError("\n".join(map(prepared.first_line, failures))) from failures[0]
     return 0
 
 
-def _renew_card(checkpoint: Path, results: dict[str, Any]) -> None:
+def _runs(args: argparse.Namespace) -> dict[str, tuple[Path, Path, Settings]]:
+    """By name of the column: checkpoint, folder and settings; refused before anything is computed."""
+    if not args.checkpoints:
+        raise EvaluationError("give at least one CHECKPOINT directory, or --list")
+    if args.out is None:
+        raise EvaluationError("give --out, a folder for results")
+    settings = {
+        name: getattr(args, name)
+        for name in ("batch_size", "limit", "device", "dtype", "batch_tokens", "vision_cache_mib", "routing", "seed")
+    }
+    runs: dict[str, tuple[Path, Path, Settings]] = {}
+    for checkpoint, out in zip(args.checkpoints, out_folders(args.checkpoints, args.out), strict=True):
+        name = out.name if len(args.checkpoints) > 1 else checkpoint.resolve().name
+        runs[name] = (checkpoint, out, Settings(**settings, blank_images=args.blank_images))
+    if args.blind is not None:
+        if BLANK in runs:
+            raise EvaluationError(
+                f"--blind writes to {args.out / BLANK}, which is the folder of a checkpoint; rename it"
+            )
+        runs[BLANK] = (args.blind, args.out / BLANK, Settings(**settings, blank_images=True))
+    for checkpoint, out, _ in runs.values():
+        _must_be_of(out, checkpoint)
+    return runs
+
+
+def _must_be_of(out: Path, checkpoint: Path) -> None:
+    """Raises EvaluationError where a folder holds the scores of another checkpoint, which would be written over."""
+    files = records.checkpoint_files(checkpoint)
+    path = out / records.RESULTS_FILE
+    if not path.is_file():
+        return
+    found = records.read_json(path)
+    same_place = os.path.realpath(found["checkpoint"]) == os.path.realpath(checkpoint)
+    if not same_place and found.get("checkpoint_sha256") != records.sha256_of(files):
+        raise EvaluationError(
+            f"{path} holds the scores of another checkpoint, {found['checkpoint']}; choose another --out, or delete it"
+        )
+
+
+def _kept(out: Path) -> dict[str, Any]:
+    """What is there of a checkpoint of which some tasks failed just now."""
+    path = out / records.RESULTS_FILE
+    found: dict[str, Any] = records.read_json(path) if path.is_file() else {}
+    return found if found.get("failed") else {}  # else it is an older one
+
+
+def _renew_card(checkpoint: Path, results: Mapping[str, Any]) -> None:
     """Puts the scores into the checkpoint's model card, if it has one of ours that can be written."""
     from llava_moe.model.modeling import CheckpointError
     from llava_moe.model_card import add_scores
@@ -287,23 +263,21 @@ def out_folders(checkpoints: Sequence[Path], out: Path) -> list[Path]:
     return [out / name for name in names]
 
 
-def _print_scores(results: dict[str, Any], out: Path) -> None:
+def _print_scores(results: Mapping[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{results['checkpoint']}  ({out})")
-    for heading in ("task / family", "n", "accuracy", "95 % interval"):
+    for heading in ("task / family", "n", "score", "95 % interval"):
         table.add_column(heading, justify="left" if heading.startswith("task") else "right")
-    rows = [
-        (name, score["n"], score["score"], score["interval"])
-        for name, score in results["tasks"].items()
-        if "score" in score
-    ]
-    rows += [(f"  {name}", s["n"], s["accuracy"], s["interval"]) for name, s in results["families"].items()]
-    for name, number, value, (low, high) in rows:
-        table.add_row(name, str(number), f"{100 * value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}")
     for name, score in results["tasks"].items():
-        if "score" not in score:
-            metrics = ", ".join(f"{metric} {value:.4g}" for metric, value in score["official"].items())
-            table.add_row(name, str(score["n"]), metrics, "")
+        value, _, interval = tables.cell(score).partition(" [")
+        shown = interval.rstrip("]").replace(", ", " to ")
+        table.add_row(f"{name}  {tables.metric(score)}", str(score["n"]), value, shown)
+    for name, family in results["families"].items():
+        low, high = family["interval"]
+        shown = f"{100 * low:.1f} to {100 * high:.1f}"
+        table.add_row(f"  {name}", str(family["n"]), f"{100 * family['accuracy']:.1f}", shown)
+    for name, why in results.get("failed", {}).items():
+        table.add_row(f"{name}  FAILED: {why}", "", "", "")
     Console().print(table)

@@ -29,8 +29,11 @@ def accuracy(correct: Sequence[bool]) -> float:
     return sum(map(bool, correct)) / len(correct)
 
 
-def wilson_interval(num_correct: int, num_total: int) -> Interval:
+def wilson_interval(num_correct: float, num_total: int) -> Interval:
     """Wilson's score interval of a proportion (E. B. Wilson, 1927), 95 %.
+
+    For graded answers the sum of their grades may be given: it is then wider than needed, as no grades vary more than
+    right and wrong answers of the same mean.
 
     Raises:
         ValueError: num_total is not positive, or num_correct lies outside 0..num_total.

@@ -11,8 +11,9 @@ import torch
 
 import llava_moe  # noqa: F401  (before anything that may import torchvision)
 from llava_moe.evaluation import EvaluationError
-from llava_moe.evaluation.lmms import LlavaMoe, generation_options
+from llava_moe.evaluation.lmms import LlavaMoe
 from llava_moe.evaluation.registry import manifests
+from llava_moe.evaluation.requests import generation_options
 from tests.evaluation import fakes
 
 RED, BLUE = fakes.picture(0), fakes.picture(2)
@@ -28,14 +29,14 @@ def adapter(documents: list[Any], **options: Any) -> tuple[LlavaMoe, fakes.FakeM
 
 def request(context: str, doc_id: int, second: Any = None) -> Any:
     second = {"until": ["\n\n"], "max_new_tokens": 16} if second is None else second
-    return SimpleNamespace(args=(context, second, lambda doc: doc, doc_id, "toy", "test"), task_name="toy")
+    return SimpleNamespace(args=(context, second, lambda doc: doc, doc_id, "toy", "test"), task_name="toy", idx=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_answers_come_in_request_order_with_their_own_pictures(batch_size: int) -> None:
     documents = [[RED], [BLUE], [], [RED]]
     lm, model = adapter(documents, batch_size=batch_size)
-    contexts = ["What color?", "What color is it then, please?", "What color? " * 5, "<image>\nWhat color?"]
+    contexts = ["What color?", "What color is it?", "Which color then?", "<image>\nWhat color?"]
     answers = lm.generate_until([request(context, i) for i, context in enumerate(contexts)])
     assert [answer.text for answer in answers] == ["RED", "BLUE", "NOTHING", "RED"]
     assert answers[0].token_counts.output_tokens == len(" RED")
@@ -110,7 +111,21 @@ class ScoringModel(fakes.FakeModel):
             for offset, token in enumerate([*tokenizer.encode(colour), fakes.STOP]):
                 if start + offset - 1 < ids.shape[0]:
                     logits[row, start + offset - 1, token] = torch.tensor(0.9 * (vocabulary - 1) / 0.1).log()
-        return SimpleNamespace(logits=logits)
+        return SimpleNamespace(logits=logits[:, options["logits_to_keep"]])
+
+
+def test_batches_are_reported_with_their_requests() -> None:
+    lm, _ = adapter([[RED], [BLUE]], batch_size=2)
+    seen: list[tuple[list[Any], list[str]]] = []
+    lm.on_answers = lambda asked, said: seen.append((asked, [one.text for one in said]))
+    given = [request("What color?", i % 2) for i in range(5)]
+    lm.generate_until(given)
+    assert [len(asked) for asked, _ in seen] == [2, 2, 1]
+    assert sorted(map(id, given)) == sorted(id(one) for asked, _ in seen for one in asked)
+    for asked, said in seen:
+        assert said == [("RED", "BLUE")[one.args[3]] for one in asked]
+    assert all(lm.is_recorded(one) for one in given)  # nothing is to be recorded
+    assert lm.counters() == {"requests": 5, "batches": 3, "padding_share": 0.0}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -153,6 +168,10 @@ def test_model_survives_and_multi_round_is_refused() -> None:
         ({"model": 1}, "either pretrained"),
         ({"pretrained": "x", "batch_size": "auto"}, "batch_size"),
         ({"pretrained": "x", "batch_size": 0}, "batch_size"),
+        ({"pretrained": "x", "batch_tokens": 0}, "batch_tokens must be a whole number from 1 on, not 0"),
+        ({"pretrained": "x", "vision_cache_mib": -1}, "vision_cache_mib must be a number from 0 on, not -1"),
+        ({"pretrained": "x", "vision_cache_mib": True}, "vision_cache_mib"),
+        ({"model": fakes.FakeModel(), "processor": fakes.FakeProcessor(), "routing": "x"}, "a model of this package"),
         ({"pretrained": "x", "dtype": "fp8"}, "unknown dtype 'fp8'"),
         ({"pretrained": "x", "blank_images": "yes"}, "blank_images"),
     ],

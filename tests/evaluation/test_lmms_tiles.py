@@ -18,7 +18,8 @@ CONTEXTS = ["What?", "What colour is it?", "red", "is it green", "the shape", "w
 
 
 def request(index: int, second: Any) -> Any:
-    return SimpleNamespace(args=(CONTEXTS[index], second, lambda doc: doc, index, "toy", "test"), task_name="toy")
+    args = (CONTEXTS[index], second, lambda doc: doc, index, "toy", "test")
+    return SimpleNamespace(args=args, task_name="toy", idx=0)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import llava_moe  # noqa: F401  (before anything that may import torchvision)
-from llava_moe.evaluation import EvaluationError, lmms, records, run, summarize
+from llava_moe.evaluation import EvaluationError, lmms, prepared, records, run, summarize
 from llava_moe.evaluation.tasks import LOCAL_TASKS
 from tests.evaluation import fakes
 
@@ -77,6 +77,7 @@ def test_oracle_gets_the_known_scores(
         "target": "purple",
         "answer": "WHITE",
         "correct": False,
+        "credit": 0.0,
     }
     assert all(prompt.startswith("<image>\n") for prompt in model.prompts)
 
@@ -91,16 +92,21 @@ def test_same_scores_again_are_skipped_and_changes_are_not(
         return len(model.prompts) - before
 
     assert score() == 3
+    capsys.readouterr()
     assert score() == 0
-    assert "skipped" in capsys.readouterr().out
-    assert score(limit=2) == 2
+    assert "skipped" in capsys.readouterr().err
+    assert score(limit=4) == 1  # three are in the journal
+    assert "skipped" not in capsys.readouterr().err
     (checkpoint / "model.safetensors").write_bytes(b"other weights")
     assert score(limit=2) == 2
     assert score(limit=2) == 0
     (checkpoint / "processor_config.json").write_text('{"template": "v1"}')
     assert score(limit=2) == 2
-    (tmp_path / "out" / "samples_local_gqa.jsonl").unlink()
-    assert score(limit=2) == 2
+    samples = tmp_path / "out" / "samples_local_gqa.jsonl"
+    before = samples.read_text()
+    samples.unlink()
+    assert score(limit=2) == 0
+    assert samples.read_text() == before  # scored again from the journal
 
 
 def test_blank_images_reach_the_model(data: Path, checkpoint: Path, model: fakes.FakeModel, tmp_path: Path) -> None:
@@ -116,7 +122,7 @@ def test_a_failing_model_fails_the_run_and_leaves_no_result(
 ) -> None:
     run.evaluate(checkpoint, data, ["local_pope"], tmp_path / "out", limit=1)
     model.fail = True
-    with pytest.raises(RuntimeError, match="asked to fail"):
+    with pytest.raises(EvaluationError, match="1 of 1 tasks failed; local_pope: RuntimeError: asked to fail"):
         run.evaluate(checkpoint, data, ["local_pope"], tmp_path / "out", limit=2)
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -173,7 +179,7 @@ def test_unknown_official_task_has_near_misses(
     data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = argparse.Namespace(all_tasks=["gqa", "mmbench_en_dev_static"])  # the real index takes ten seconds
-    monkeypatch.setattr(run, "task_manager", lambda include_defaults: manager)
+    monkeypatch.setattr(prepared, "index", lambda include_defaults: manager)
     with pytest.raises(EvaluationError, match="did you mean 'mmbench_en_dev_static'"):
         run.evaluate(checkpoint, data, ["mmbench_en_dev_statik"], tmp_path / "out")
 

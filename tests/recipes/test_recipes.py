@@ -20,7 +20,7 @@ from llava_moe.training.dry_run import describe
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "scripts/recipes"
 NOWHERE = Path("/nonexistent")
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if p.parent.name != "compare")  # those are matrices
 QUICKSTART = {"quickstart", "quickstart_full", "quickstart_smoke"}  # laptop runs: their parts are made by a script
 PUBLISHED = [path for path in RECIPES if path.parent.name not in QUICKSTART]
 HEADER = ("Purpose", "Paper", "Command", "Data", "Hardware", "Hours", "Scores", "Notes")
