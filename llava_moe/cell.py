@@ -36,6 +36,7 @@ def run(folder: Path) -> None:
         SystemExit: a step that ran in several ranks has failed, or was asked to stop.
     """
     plan, config = _plan(folder), load_recipe(folder / cells.RECIPE)
+    is_new = not (folder / cells.BEGUN).is_file()
     names = [SCORE, *([WITHOUT_TOP] if plan["without_top"] is not None else [])]
     if not _is_trained(folder, plan, config):
         records.write_json(folder / cells.BEGUN, {"trained": plan["trained"]})
@@ -45,6 +46,9 @@ def run(folder: Path) -> None:
     for name in names:
         if name == WITHOUT_TOP and not _begin_without_top(folder, plan):
             continue
+        if name == SCORE and config.upcycle is not None:
+            # as large as the model, and made again alike should it ever be asked for
+            shutil.rmtree(str(config.model.checkpoint), ignore_errors=True)
         records.write_json(folder / cells.STATE, {"step": name})
         start, begun = time.perf_counter(), _cpu_seconds()
         if plan["ranks"] > 1 and name != UPCYCLE:
@@ -54,7 +58,8 @@ def run(folder: Path) -> None:
         else:
             step(folder, name)
         spent[name], computed[name] = round(time.perf_counter() - start, 2), round(_cpu_seconds() - begun, 2)
-    records.write_json(folder / cells.DONE, {"key": plan["key"], "seconds": spent, "cpu_seconds": computed})
+    found = {"key": plan["key"], "whole": is_new, "seconds": spent, "cpu_seconds": computed}
+    records.write_json(folder / cells.DONE, found)
     if not plan["keep_model"]:
         shutil.rmtree(_model(config))
 
@@ -105,8 +110,6 @@ def _train(folder: Path, plan: Plan, config: RunConfig) -> None:
         return
     if is_measured:
         records.write_json(folder / cells.MEMORY, {"peak_memory_gib": round(_peak_gib(), 4)})
-    if config.upcycle is not None:  # as large as the model, and made again alike should it ever be asked for
-        shutil.rmtree(str(config.model.checkpoint), ignore_errors=True)
     gc.collect()  # the optimiser's state goes before another copy of the model is loaded to answer
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -185,7 +188,7 @@ def _peak_gib() -> float:
 
 
 def _main(arguments: list[str]) -> None:
-    cells.end_with(os.getppid())
+    cells.end_with_parent()
     if arguments[0] == "train":
         from llava_moe.train import run as train
 
@@ -199,6 +202,9 @@ def _main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     from llava_moe.cli import exit_on_user_error
+    from llava_moe.training import distributed
 
     with exit_on_user_error():
         _main(sys.argv[1:])
+    if distributed.launched():
+        distributed.leave(0)

@@ -121,3 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    if "RANK" in os.environ:  # one rank of several, as torchrun starts them
+        from llava_moe.training.distributed import leave
+
+        leave(0)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Compares methods over several seeds beside a dense and a random control, and writes a report. Interrupted, it goes on.
-# bash scripts/compare.sh [MATRIX] [key=value ...] [--jobs N] [--dry-run]
+# bash scripts/compare.sh [MATRIX.yaml] [key=value ...] [--jobs N] [--dry-run]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-MATRIX=${1:-scripts/recipes/compare/quickstart_routers.yaml}
+MATRIX=scripts/recipes/compare/quickstart_routers.yaml
+[[ ${1:-} != *.yaml ]] || { MATRIX=$1; shift; }
 need_llava_moe
 [ -f "$MATRIX" ] || fail "$MATRIX: no such matrix"
 export QUICKSTART_DIR=${QUICKSTART_DIR:-runs/quickstart}
@@ -10,4 +11,4 @@ export QUICKSTART_DIR=${QUICKSTART_DIR:-runs/quickstart}
 case $(basename "$MATRIX") in
   quickstart_*) [[ " $* " == *" --dry-run "* ]] || python -m playground.quickstart prepare --profile default --dir "$QUICKSTART_DIR" ;;
 esac
-exec llava-moe compare "$MATRIX" "${@:2}"
+exec llava-moe compare "$MATRIX" "$@"

@@ -39,6 +39,7 @@ PLAN, RECIPE, BEGUN, STATE, DONE = "plan.json", "recipe.yaml", "begun.json", "st
 LOG, LOCK, MEMORY = "log.txt", "lock", "memory.json"
 SCORES, WITHOUT_TOP, DROPPED = "scores", "without_top", "dropped.json"
 _LOCK_WAIT = 30.0  # seconds until the process of a killed matrix must be gone
+_PARENT = "LLAVA_MOE_PARENT"
 _WATCH = 0.5  # seconds between looks at the parent process
 _PROBE = 2**20  # bytes at each end of a large file that tell one version of it from another
 
@@ -215,9 +216,16 @@ def only_here(folder: Path, wait: float | None = None) -> Iterator[None]:
         yield
 
 
-def end_with(parent: int) -> None:
+def with_parent(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that is to end with this one."""
+    return {**environment, _PARENT: str(os.getpid())}
+
+
+def end_with_parent() -> None:
     """Ends this process when the one that started it is gone: nobody would read what it finds, and the matrix that is
-    started next wants its folder."""
+    started next wants its folder. The parent is known from the environment: while this process was importing, it may
+    already have got another."""
+    parent = int(os.environ.get(_PARENT, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:

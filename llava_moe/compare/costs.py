@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llava_moe.compare.cells import DONE, DROPPED, MEMORY, WITHOUT_TOP, answers_of
+from llava_moe.compare.cells import DONE, DROPPED, MEMORY, PLAN, WITHOUT_TOP, answers_of
 from llava_moe.compare.matrix import DENSE, RANDOM, Cell, Matrix
 from llava_moe.compare.report import MethodFacts
 from llava_moe.config import RecipeError, RunConfig
@@ -169,9 +169,12 @@ def _at_the_end(rows: Mapping[int, Sequence[Mapping[str, Any]]], key: str) -> fl
 
 def without_top_of(cell: Cell) -> tuple[float, float] | None:
     """Score of a cell and its score without each token's top expert on the same questions, means over tasks; None where
-    that means nothing: not asked for, a dense model, or layers that assign no tokens."""
-    marker = cell.folder / WITHOUT_TOP / DROPPED
-    if not marker.is_file() or not records.read_json(marker)["dropped"]:
+    that means nothing: not asked for, answers of an earlier plan, a dense model, or layers that assign no tokens."""
+    plan, marker = records.read_json(cell.folder / PLAN), cell.folder / WITHOUT_TOP / DROPPED
+    if plan["without_top"] is None or not marker.is_file():
+        return None
+    found = records.read_json(marker)
+    if found["key"] != plan["key"] or not found["dropped"]:
         return None
     without = answers_of(cell, WITHOUT_TOP)
     intact = {
@@ -188,6 +191,8 @@ def mean_of(answers: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def seconds_of(cell: Cell) -> float | None:
-    """What a finished cell took, all its steps together, as far as its last process did them."""
+    """What a finished cell took, all its steps together; None where its last process found it trained, or trained it
+    to the end only."""
     path: Path = cell.folder / DONE
-    return sum(records.read_json(path)["seconds"].values()) if path.is_file() else None
+    found = records.read_json(path) if path.is_file() else None
+    return sum(found["seconds"].values()) if found is not None and found["whole"] else None

@@ -168,9 +168,23 @@ class Matrix:
                     f"{self.recipe} and its control {self.control} differ in {', '.join(differing)}; "
                     "a comparison needs the same data and steps: make them equal, or set both by `overrides`"
                 )
+        self._check_stages()
         for config, path in ((self._base, self.recipe), (self._dense, self.control)):
             if config.lora is not None or config.expert_parallel is not None:
                 raise RecipeError(f"{path}: a cell trains whole checkpoints; leave out lora and expert_parallel")
+
+    def _check_stages(self) -> None:
+        """Raises RecipeError where a part that both recipes train learns or decays otherwise in the control."""
+        one, other = self._base.stage, self._dense.stage
+        for part in sorted(one.learning_rates.keys() & other.learning_rates.keys()):
+            rates = one.learning_rates[part], other.learning_rates[part]
+            decays = one.decay_of(part), other.decay_of(part)
+            for key, values in (("learning_rates", rates), ("weight_decay", decays)):
+                if values[0] != values[1]:
+                    raise RecipeError(
+                        f"{self.recipe} and its control {self.control} differ in stage.{key} of {part}: {values[0]} "
+                        f"and {values[1]}; both train it, so make them equal, or set both by `overrides`"
+                    )
 
     def _names(self) -> list[str]:
         given = list(self.config.methods)
@@ -215,6 +229,7 @@ def _flat(values: Any, prefix: str) -> dict[str, Any]:
 def _random_changes(base: RunConfig, changes: dict[str, Any], where: str) -> dict[str, Any]:
     """The recipe with random routers of the same k: nothing to balance, no router that learns."""
     assert base.upcycle is not None
+    _check_random(base, changes, where)
     parts: dict[str, Any] = {}
     for name, part in base.upcycle.parts().items():
         given = (changes.get("upcycle", {}).get(name) or {}).get("router") or {}
@@ -236,6 +251,28 @@ def _random_changes(base: RunConfig, changes: dict[str, Any], where: str) -> dic
     for section, values in own.items():
         _merge(merged.setdefault(section, {}), values)
     return merged
+
+
+def _check_random(base: RunConfig, changes: Mapping[str, Any], where: str) -> None:
+    """Raises RecipeError for what a random router has no use for, and would not get."""
+    assert base.upcycle is not None
+    if "balance" in changes:
+        raise RecipeError(f"{where}.balance: random routing has nothing to balance; leave it out")
+    if "router" in (changes.get("stage", {}).get("learning_rates") or {}):
+        raise RecipeError(f"{where}.stage.learning_rates.router: a random router does not learn; leave it out")
+    known = base.upcycle.parts()
+    for name, part in changes.get("upcycle", {}).items():
+        if name not in known:
+            raise RecipeError(f"{where}.upcycle.{name}: the recipe upcycles {', '.join(known)} only")
+        router = part.get("router") if isinstance(part, Mapping) else part
+        if router is not None and not isinstance(router, Mapping):
+            raise RecipeError(
+                f"{where}.upcycle.{name}: must be a mapping, with router: {{name: random, args: {{k: 2}}}}"
+            )
+        if unknown := sorted(set((router or {}).get("args") or {}) - {"k"}):
+            raise RecipeError(
+                f"{where}.upcycle.{name}.router.args.{unknown[0]}: of the random control only k is chosen"
+            )
 
 
 def _change(raw: dict[str, Any], changes: Mapping[str, Any]) -> None:

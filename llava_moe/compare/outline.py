@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava_moe.compare import cells, costs, questions
 from llava_moe.compare.costs import Planned
 from llava_moe.compare.devices import visible
-from llava_moe.compare.matrix import DENSE, Matrix
+from llava_moe.compare.matrix import DENSE, Cell, Matrix
 from llava_moe.compare.parent import check_parent, is_there
 from llava_moe.config import RecipeError, load_recipe
 from llava_moe.training.metrics import read_metrics
@@ -26,6 +26,7 @@ def plan(matrix: Matrix) -> dict[str, Planned]:
     """
     questions.check(matrix)
     check_parent(matrix)
+    _check_brittleness(matrix)
     for cell in matrix.cells:
         cells.check_recipe(cell, matrix.cell_config(cell))
     config, needed = matrix.config, matrix.config.jobs * matrix.config.devices_per_job
@@ -42,10 +43,31 @@ def plan(matrix: Matrix) -> dict[str, Planned]:
     return plans
 
 
-def describe(matrix: Matrix, plans: Mapping[str, Planned]) -> str:
-    """The plan in lines."""
+def _check_brittleness(matrix: Matrix) -> None:
+    """Raises RecipeError where the top expert of a token would have nobody to take over."""
+    if matrix.config.brittleness is None:
+        return
+    for name in matrix.methods:
+        upcycling = matrix.cell_config(matrix.cell(name, matrix.seeds[0])).upcycle
+        for part, section in ({} if upcycling is None else upcycling.parts()).items():
+            numbers = [section.num_experts] if isinstance(section.num_experts, int) else section.num_experts
+            if min(numbers) < 2:
+                raise RecipeError(
+                    f"{matrix.path}: methods.{name}: upcycle.{part} has a layer with a single expert, without which "
+                    "nobody could answer; give it two, or set brittleness: null"
+                )
+
+
+def describe(matrix: Matrix, plans: Mapping[str, Planned], finished: Sequence[Cell] = ()) -> str:
+    """The plan in lines.
+
+    Args:
+        matrix: what is planned.
+        plans: of `plan`.
+        finished: cells that need not run again.
+    """
     config = matrix.config
-    count, done = len(matrix.cells), sum((cell.folder / cells.DONE).is_file() for cell in matrix.cells)
+    count, done = len(matrix.cells), len(finished)
     asked = [f"tasks {', '.join(config.scoring.tasks)} from {config.scoring.data}"]
     asked += [f"{config.scoring.limit} questions of each"] if config.scoring.limit is not None else []
     made = "" if is_there(matrix) else f", made first by {', '.join(map(str, matrix.parent_recipes))}"
@@ -65,13 +87,15 @@ def describe(matrix: Matrix, plans: Mapping[str, Planned]) -> str:
         share = f"{costs.excess(plans, name):+.1f} %"
         lines.append(f"  {name:<24}{one.total:>14,}{one.active:>14,}{share:>11}{one.flops / 1e9:>14.4f}{mark}")
     lines.append("  to random: active parameters without embeddings and tower, against those of the random router")
-    return "\n".join([*lines, f"  {estimate(matrix, plans)}"])
+    return "\n".join([*lines, f"  {estimate(matrix, plans, finished)}"])
 
 
-def estimate(matrix: Matrix, plans: Mapping[str, Planned]) -> str:
+def estimate(matrix: Matrix, plans: Mapping[str, Planned], finished: Sequence[Cell] = ()) -> str:
     """The time that is left: by cells that have ended, by the steps of the parent's training, or by arithmetic."""
-    took = [seconds for cell in matrix.cells if (seconds := costs.seconds_of(cell)) is not None]
-    left = len(matrix.cells) - len(took)
+    took = [seconds for cell in finished if (seconds := costs.seconds_of(cell)) is not None]
+    left = len(matrix.cells) - len(finished)
+    if not left:
+        return "time left: none, but for the report"
     if took:
         seconds = left * sum(took) / len(took) / matrix.config.jobs
         return f"time left: about {seconds / 60:.0f} min, by {len(took)} cells that are done"

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from llava_moe.compare.cells import with_parent
+
 _POLL = 0.2
 _PATIENCE = 60.0  # seconds that ranks have to end by themselves after another has failed
 
@@ -24,7 +26,12 @@ def run_ranks(command: Sequence[str], number: int, environment: Mapping[str, str
 
     SIGTERM and SIGINT reach all of them as SIGTERM, which makes a training save; it is then waited for.
     """
-    shared = {**os.environ, **(environment or {}), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    shared = {
+        **with_parent(os.environ),
+        **(environment or {}),
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+    }
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     processes: list[subprocess.Popen[bytes]] = []
     with _forwarded(processes):

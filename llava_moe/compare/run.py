@@ -17,7 +17,7 @@ from llava_moe.compare.costs import Planned
 from llava_moe.compare.devices import machine, visible
 from llava_moe.compare.matrix import DENSE, RANDOM, Cell, Matrix
 from llava_moe.compare.outline import describe, plan
-from llava_moe.compare.parent import make_parent
+from llava_moe.compare.parent import is_there, make_parent
 from llava_moe.compare.report import HTML, MARKDOWN, Failure, ReportInputs, write_report
 from llava_moe.compare.schedule import Schedule
 from llava_moe.compare.stats import Answers, analyse
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     overrides = [*args.overrides, *([] if args.jobs is None else [f"jobs={args.jobs}"])]
     matrix = Matrix(args.matrix, overrides)
     plans = plan(matrix)
-    print(describe(matrix, plans), flush=True)
+    print(describe(matrix, plans, done_cells(matrix)), flush=True)
     if args.dry_run:
         return
     if args.report_only:
@@ -84,6 +84,14 @@ def open_cells(matrix: Matrix) -> list[Cell]:
     """The cells that are not done."""
     shared = shared_of(matrix)
     return [cell for cell in matrix.cells if not cells.is_done(cell, cells.plan_of(matrix, cell, shared).key)]
+
+
+def done_cells(matrix: Matrix) -> list[Cell]:
+    """The cells that need not run again; none while the parent or the questions are not here."""
+    if not any((cell.folder / cells.DONE).is_file() for cell in matrix.cells) or not is_there(matrix):
+        return []
+    todo = set(open_cells(matrix))
+    return [cell for cell in matrix.cells if cell not in todo]
 
 
 def shared_of(matrix: Matrix) -> cells.Shared:
@@ -173,7 +181,8 @@ def _facts(matrix: Matrix) -> dict[str, str]:
     config = matrix.cell_config(matrix.cells[0])
     train = config.train
     batch = f"{train.get('per_device_train_batch_size', 8)} x {train.get('gradient_accumulation_steps', 1)}"
-    steps = train.get("max_steps") or f"{train.get('num_train_epochs', 3)} epochs"
+    limit = int(train.get("max_steps", -1))
+    steps = str(limit) if limit > 0 else f"{train.get('num_train_epochs', 3)} epochs"
     return {
         "matrix": str(matrix.path),
         "parent": matrix.config.parent.checkpoint,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from llava_moe.compare.cells import LOG, STATE, last_lines, state_of
+from llava_moe.compare.cells import LOG, STATE, last_lines, state_of, with_parent
 from llava_moe.compare.devices import cores
 from llava_moe.compare.matrix import Cell
 from llava_moe.compare.report import Failure
@@ -114,7 +114,7 @@ class Schedule:
 
     def environment(self, slot: int) -> dict[str, str]:
         """Of the cell in a slot: its devices, or its share of the threads."""
-        found = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        found = {**with_parent(os.environ), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         for name in ("DRY_RUN", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NPROC"):  # a cell is one process
             found.pop(name, None)
         if self.devices is not None:

@@ -134,6 +134,9 @@ class Answerer:
         samples, entries = self._samples(questions, encoded)
         input_ids = pad_sequence([s["input_ids"] for s in samples], batch_first=True)
         labels = pad_sequence([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE)
+        empty = [q.where for q, row in zip(questions, labels, strict=True) if not (row[1:] != IGNORE).any()]
+        if empty:
+            raise EvaluationError(f"{empty[0]}: the option has no tokens, and so no likelihood; mend the record")
         lengths = torch.tensor([len(s["input_ids"]) for s in samples])
         inputs: dict[str, Any] = {
             "input_ids": input_ids,

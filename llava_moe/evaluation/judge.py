@@ -164,7 +164,7 @@ def set_up(judge: Judge, tasks: Sequence[str]) -> None:
     if judge.kind == "local":
         # The "openai" modules keep what they find at import; only then is the switch turned to "local".
         os.environ["API_TYPE"], os.environ["OPENAI_API_URL"] = "openai", judge.url
-        os.environ.setdefault("OPENAI_API_KEY", "none")
+        os.environ["OPENAI_API_KEY"] = "none"  # a real one is for OpenAI, and would be sent to this server
         os.environ["LLM_JUDGE_URL"] = judge.url
     else:
         os.environ["API_TYPE"] = judge.kind

@@ -3,7 +3,8 @@
 The key of an answer is a hash over all that decides it: the weights, the task's definition and data, the document, the
 prompt as sent, the generation settings, the dtype and what pictures are shown. So answers of other weights, another
 prompt or other data are never taken, wherever the journal came from. Batch size, device and the number of ranks are
-left out, as answers do not depend on them: a run that was killed on four GPUs goes on with one.
+left out, as greedy answers do not depend on them: a run that was killed on four GPUs goes on with one. (Sampled ones
+come from one stream of random numbers; those of a resumed run are fair draws, but not those of an undisturbed run.)
 
 Each rank writes a file of its own and reads all of them, so several ranks never write to one file, and a run may go on
 with another number of ranks. A line that was cut by the kill is dropped and answered again.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llava_moe.compare import cells, questions
+from llava_moe.compare import cells, costs, questions
 from llava_moe.compare.matrix import DENSE, RANDOM, Matrix
 from llava_moe.compare.outline import describe, plan
 from llava_moe.config import RecipeError, dump_resolved, load_recipe
+from llava_moe.evaluation import records
 from tests.compare.matrices import METHODS, make_matrix, write_matrix
 from tests.tiny_model import HIDDEN, NUM_LAYERS, write_tiny_checkpoint
 
@@ -100,6 +102,16 @@ def test_a_rate_of_null_takes_a_part_out(tmp_path: Path) -> None:
             {"methods": {"a": {}, "random": {"upcycle": {"decoder": {"router": ROUTER}}}}},
             "the control's router is `random`",
         ),
+        ({"methods": {"a": {}, "random": {"balance": {"losses": {"z": 0.5}}}}}, "random.balance: random routing has"),
+        ({"methods": {"a": {}, "random": {"stage": {"learning_rates": {"router": 1.0}}}}}, "does not learn; leave it"),
+        ({"methods": {"a": {}, "random": {"upcycle": {"projector": {}}}}}, "the recipe upcycles decoder only"),
+        ({"methods": {"a": {}, "random": {"upcycle": {"decoder": 3}}}}, "upcycle.decoder: must be a mapping"),
+        (
+            {"methods": {"a": {}, "random": {"upcycle": {"decoder": {"router": {"args": {"k": 2, "fresh": True}}}}}}},
+            "args.fresh: of the random control only k",
+        ),
+        ({"base": {"stage": {"weight_decay": 0.3}}}, "differ in stage.weight_decay of decoder: 0.3 and 0.0"),
+        ({"base": {"stage": {"learning_rates": {"decoder": 0.5}}}}, "differ in stage.learning_rates of decoder: 0.5"),
         ({"seeds": [1, 1]}, "each once"),
         ({"seeds": []}, "at least one seed"),
         ({"jobs": 0}, "jobs=0"),
@@ -126,6 +138,51 @@ def test_a_wrong_matrix_is_refused_by_name(tmp_path: Path, changes: dict[str, An
     with pytest.raises(RecipeError) as error:
         make_matrix(tmp_path, **changes)
     assert message in str(error.value)
+
+
+def test_a_layer_with_one_expert_has_nobody_to_take_over(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "parent")
+    part = {"num_experts": 1, "router": {"name": "top_k", "args": {"k": 1}}}
+    methods = {"top_k": {}, "one": {"upcycle": {"decoder": part}}}
+    with pytest.raises(RecipeError, match=r"methods\.one: upcycle\.decoder has a layer with a single expert"):
+        plan(make_matrix(tmp_path, methods=methods, allow_unequal_active=True))
+    passed = make_matrix(tmp_path, methods=methods, allow_unequal_active=True, brittleness=None)
+    assert "one" in plan(passed)
+
+
+def test_answers_without_the_top_expert_are_of_the_plan_or_none(tmp_path: Path) -> None:
+    cell = make_matrix(tmp_path).cell("top_k", 1)
+    rows = {cells.SCORES: (1.0, 1.0, 0.0), cells.WITHOUT_TOP: (0.0, 1.0)}
+    for name, credits in rows.items():
+        (cell.folder / name).mkdir(parents=True)
+        (cell.folder / name / records.RESULTS_FILE).write_text('{"tasks": {"local_gqa": {}}}')
+        samples = [json.dumps({"id": n, "credit": credit}) + "\n" for n, credit in enumerate(credits)]
+        records.samples_path(cell.folder / name, "local_gqa").write_text("".join(samples))
+
+    def found(without: Any, key: str, dropped: bool) -> tuple[float, float] | None:
+        (cell.folder / cells.PLAN).write_text(json.dumps({"key": "now", "without_top": without}))
+        marker = {"key": key, "dropped": dropped}
+        (cell.folder / cells.WITHOUT_TOP / cells.DROPPED).write_text(json.dumps(marker))
+        return costs.without_top_of(cell)
+
+    assert found({"tasks": []}, "now", True) == (1.0, 0.5)
+    assert found({"tasks": []}, "before", True) is None
+    assert found({"tasks": []}, "now", False) is None
+    assert found(None, "now", True) is None
+
+
+def test_the_time_that_is_left_goes_by_whole_cells(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "parent")
+    matrix = make_matrix(tmp_path, jobs=2)
+    plans, done = plan(matrix), matrix.cells[:2]
+    for cell, whole, seconds in zip(done, (True, False), (120.0, 1.0), strict=True):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / cells.DONE).write_text(json.dumps({"key": "", "whole": whole, "seconds": {"train": seconds}}))
+    text = describe(matrix, plans, done)
+    assert "2 done" in text
+    assert "about 6 min, by 1 cells" in text  # six cells of two minutes, two at a time
+    assert "0 done" in describe(matrix, plans)  # what was done for another plan does not count
+    assert "none, but for the report" in describe(matrix, plans, matrix.cells)
 
 
 def test_a_control_with_other_data_or_steps_is_refused(tmp_path: Path) -> None:

@@ -120,9 +120,16 @@ def test_two_processes_never_work_in_one_cell(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
+def test_a_cell_whose_parent_has_gone_meanwhile_ends_at_once() -> None:
+    child = "import time; from llava_moe.compare.cells import end_with_parent; end_with_parent(); time.sleep(60)"
+    gone = {**os.environ, "LLAVA_MOE_PARENT": "1000000000"}
+    assert subprocess.run([sys.executable, "-c", child], env=gone, timeout=50).returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
 def test_a_cell_ends_with_the_matrix_that_started_it(tmp_path: Path) -> None:
     """A parent starts a child that watches it, and is killed."""
-    child = "import os, time; from llava_moe.compare.cells import end_with; end_with(os.getppid()); "
+    child = "import os, time; from llava_moe.compare.cells import end_with_parent; end_with_parent(); "
     child += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     process = subprocess.Popen([sys.executable, "-c", parent])

@@ -155,6 +155,8 @@ def test_both_kinds_of_scorers_find_the_judge(server: Any, tmp_path: Path, kind:
     assert lines[:2] == ["1", "correct"]
     assert "start a new process" in lines[2]
     assert [row[:2] for row in server.seen] == [("/v1/chat/completions", FIXED_MODEL), ("/v1/chat/completions", "mine")]
+    keys = [row[2] for row in server.seen]  # a server of one's own does not get the key that is for OpenAI
+    assert all("k" not in (key or "").split() for key in keys) if kind == "local" else keys == ["Bearer k"] * 2
 
 
 def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
