@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -22,7 +22,7 @@ from data_prep.fetch import Transfer
 from data_prep.manifest import MANIFEST, ManifestError, Mixture, load_manifest
 from data_prep.obtain import Context, obtain
 from data_prep.plan import Plan, download_path, free_space, make_plan
-from data_prep.state import State
+from data_prep.state import RunLock, State
 
 REPO = Path(__file__).parents[1]
 
@@ -209,7 +209,7 @@ def _alone(data: Path) -> Iterator[None]:
     path = data / "downloads" / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
+        lock = RunLock(path, timeout=0)
         lock.acquire()
     except Timeout:
         raise PrepareError(f"another run works in {data}; wait for it or choose another --data") from None

@@ -8,6 +8,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+
+class RunLock(FileLock):
+    """Held while a run works in a folder.
+
+    A class of its own: where lmms-eval is loaded, every plain FileLock of one path is the same object in the whole
+    process, and then locks nobody out.
+    """
+
 
 class State:
     """Facts by name in the manifest: `path`, `size`, `mtime_ns`, `sha256` of the verified file; `unpacked`; `linked`.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from data_prep.benchmarks.card import DEFAULT_CONFIG
 from data_prep.benchmarks.known import KNOWN, Known, Split, load_known
@@ -18,6 +18,7 @@ from data_prep.benchmarks.verify import verify
 from data_prep.errors import InterruptError, PrepareError, explain_os_error, readable
 from data_prep.manifest import UNKNOWN, ManifestError
 from data_prep.plan import free_space
+from data_prep.state import RunLock
 from llava_moe.evaluation.mirror import MANIFEST, Recorded
 from llava_moe.evaluation.suites import SUITES
 
@@ -173,7 +174,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Two runs in one mirror would move the same files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
+        lock = RunLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
         raise PrepareError(f"another run works in {folder}; wait for it or choose another --mirror") from None

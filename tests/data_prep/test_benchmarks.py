@@ -8,10 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from data_prep.benchmarks import cli, prepare
+from data_prep.state import RunLock
 from llava_moe.evaluation import mirror
 from tests.data_prep.benchmark_runs import GQA, MMBENCH, MME, MME_FILE, POPE, TEXTVQA, run
 from tests.data_prep.fake_hub import FakeHub
@@ -247,7 +247,7 @@ def test_a_wrong_command_line_is_one_line(
 
 def test_two_runs_do_not_meet(hub: FakeHub, folder: Path, known: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder.mkdir()
-    with FileLock(folder / ".lock"):
+    with RunLock(folder / ".lock"):
         assert run(folder, known, "mme") == 1
     assert f"another run works in {folder}" in capsys.readouterr().err
 
