@@ -206,7 +206,8 @@ def _check_exact(plan: Plan, exact: bool, agreement: Agreement) -> None:
     if exact and not agreement.within(tolerance):
         raise CheckpointError(
             f"upcycling {plan.parent.path} is not exact: logits of up to {agreement.max_abs_logit:.1f} differ by "
-            f"{agreement.max_abs_logit_error:.2e}, more than the {tolerance} of them that rounding explains"
+            f"{agreement.max_abs_logit_error:.2e}, more than the {tolerance} of them that rounding explains, and the "
+            f"layers by up to {max(agreement.layer_errors.values(), default=0.0):.2e} of their norm"
         )
 
 
@@ -235,6 +236,7 @@ def _provenance(section: UpcycleSection, plan: Plan, exact: bool, agreement: Agr
         "max_abs_logit": agreement.max_abs_logit,
         "greedy_agreement": agreement.greedy_agreement,
         "layer_errors": agreement.layer_errors,
+        "rounding_error": agreement.rounding_error,
         "parameters": {"dense": count_parameters(plan.parent.model), "moe": count_parameters(plan.model)},
     }
 
