@@ -100,7 +100,7 @@ def leave(code: int) -> NoReturn:
     Threads are joined, what is registered with `atexit` runs, output is flushed. A worker thread of gloo may still hold
     a tensor although its group is destroyed; it asks for the interpreter's lock while that is torn down, and C++ ends
     the process with "terminate called without an active exception" (pytorch/pytorch#179291): a run that has finished
-    and saved would be reported as failed. Seen once in some hundreds of runs of two ranks under ZeRO-3.
+    and saved would be reported as failed. Seen once, in CI, in a run of two ranks under ZeRO-3.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
