@@ -3,6 +3,7 @@
     python -m llava_moe.cell cell FOLDER        one cell: upcycle, train, score, and score without the top experts
     python -m llava_moe.cell step FOLDER NAME   a step of it as one of several ranks
     python -m llava_moe.cell train RECIPE       one rank of a training of the shared parent
+    python -m llava_moe.cell parent FOLDER      one rank of its scoring
 
 They are started by llava_moe/compare and end with it; FOLDER holds plan.json and recipe.yaml.
 """
@@ -73,6 +74,12 @@ def step(folder: Path, name: str) -> None:
         WITHOUT_TOP: _without_top,
     }
     steps[name](folder, _plan(folder), load_recipe(folder / cells.RECIPE))
+
+
+def score_parent(folder: Path) -> None:
+    """The parent's answers to what plan.json asks, into the folder."""
+    plan = _plan(folder)
+    _evaluate(Path(plan["checkpoint"]), plan["scoring"], folder / cells.SCORES)
 
 
 def _plan(folder: Path) -> Plan:
@@ -193,6 +200,8 @@ def _main(arguments: list[str]) -> None:
         from llava_moe.train import run as train
 
         train(arguments[1])
+    elif arguments[0] == "parent":
+        score_parent(Path(arguments[1]))
     elif arguments[0] == "step":
         step(Path(arguments[1]), arguments[2])
     else:

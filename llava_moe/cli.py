@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ def exit_on_user_error() -> Iterator[None]:
     """Turns an error about input into one line and exit code 2; LLAVA_MOE_TRACEBACK=1 shows where it arose."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave_broken_pipe()
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, FileNotFoundError, PermissionError) as error:
@@ -23,6 +28,18 @@ def exit_on_user_error() -> Iterator[None]:
             raise
         print(f"error: {error}\n(LLAVA_MOE_TRACEBACK=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)
+
+
+def leave_broken_pipe() -> None:
+    """Ends the process without a word if nobody reads its standard output any more (`... | head`); else does nothing.
+
+    To be called where a BrokenPipeError was caught: that of another pipe or socket is a failure and stays one.
+    """
+    readers = select.poll()
+    readers.register(sys.stdout, select.POLLOUT)
+    if any(event & (select.POLLERR | select.POLLHUP) for _, event in readers.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        sys.exit(141)  # 128 + SIGPIPE, what a shell reports of any other program
 
 
 # These commands declare their arguments in their own modules (or a class in one), imported only when asked for.

@@ -34,6 +34,7 @@ from llava_moe.compare.matrix import DENSE, Cell, Matrix
 from llava_moe.compare.questions import of_brittleness, of_scoring
 from llava_moe.config import RecipeError, RunConfig, dump_resolved
 from llava_moe.evaluation import EvaluationError, records
+from llava_moe.model.assemble import mark_file
 
 PLAN, RECIPE, BEGUN, STATE, DONE = "plan.json", "recipe.yaml", "begun.json", "state.json", "done.json"
 LOG, LOCK, MEMORY = "log.txt", "lock", "memory.json"
@@ -41,7 +42,6 @@ SCORES, WITHOUT_TOP, DROPPED = "scores", "without_top", "dropped.json"
 _LOCK_WAIT = 30.0  # seconds until the process of a killed matrix must be gone
 _PARENT = "LLAVA_MOE_PARENT"
 _WATCH = 0.5  # seconds between looks at the parent process
-_PROBE = 2**20  # bytes at each end of a large file that tell one version of it from another
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def plan_of(matrix: Matrix, cell: Cell, shared: Shared) -> Plan:
     config = matrix.cell_config(cell)
     check_recipe(cell, config)
     ranks, asked = matrix.config.devices_per_job, of_scoring(matrix)
-    trained = _digest(["training", _trained(asdict(config)), shared.parent, shared.training, ranks])
+    trained = digest(["training", _trained(asdict(config)), shared.parent, shared.training, ranks])
     begun = _json(cell.folder / BEGUN)
     if begun is not None and begun["trained"] != trained:
         raise RecipeError(
@@ -92,7 +92,7 @@ def plan_of(matrix: Matrix, cell: Cell, shared: Shared) -> Plan:
             "delete it to train the cell again, or choose another output_dir for the matrix"
         )
     dropped = None if cell.method == DENSE else of_brittleness(matrix)
-    key = _digest([trained, asked.decides(), None if dropped is None else dropped.decides(), dict(shared.questions)])
+    key = digest([trained, asked.decides(), None if dropped is None else dropped.decides(), dict(shared.questions)])
     content: dict[str, Any] = {
         "method": cell.method,
         "seed": cell.seed,
@@ -135,12 +135,7 @@ def mark_of(config: RunConfig) -> str:
     for path in paths:
         found = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else _matching(path)
         for file in (file for file in found if file.is_file()):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as handle:
-                digest.update(handle.read(_PROBE))
-                handle.seek(max(size - _PROBE, 0))
-                digest.update(handle.read(_PROBE))
+            mark_file(digest, file)
     return digest.hexdigest()
 
 
@@ -178,8 +173,13 @@ def answers_of(cell: Cell, folder: str = SCORES) -> dict[str, dict[str, float]]:
     Raises:
         EvaluationError: a task does not judge single answers.
     """
+    return answers_in(cell.folder / folder)
+
+
+def answers_in(folder: Path) -> dict[str, dict[str, float]]:
+    """The same of any folder that was scored into."""
     found: dict[str, dict[str, float]] = {}
-    for sample in records.read_samples(cell.folder / folder):
+    for sample in records.read_samples(folder):
         credits = found.setdefault(sample["task"], {})
         if sample["credit"] is not None:  # else the question counts elsewhere: MMBench's rotations
             credits[str(sample["id"])] = float(sample["credit"])
@@ -243,7 +243,8 @@ def _json(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
+    """Tells contents apart that can be written as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from llava_moe.compare.stats import ALPHA, OVERALL, Analysis, Difference, Result
 
 FEW_SEEDS = 5  # fewer are called few
-Kind = Literal["shown", "open", "limit"]
+Kind = Literal["shown", "open", "training", "limit"]
+ORDER: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Sentence:
     """A conclusion.
 
     Attributes:
-        kind: shown (by a corrected test), open (not shown), or limit (of what can be said at all).
+        kind: shown (by a corrected test), open (not shown), training (what it changed of the parent, by the same
+            tests), or limit (of what can be said at all).
     """
 
     kind: Kind
@@ -26,7 +28,7 @@ class Sentence:
 
 
 def conclude(analysis: Analysis, failed: Mapping[str, Sequence[int]] | None = None) -> list[Sentence]:
-    """All conclusions: what is shown first, then what is open, then the limits.
+    """All conclusions: what is shown first, then what is open, then the training itself, then the limits.
 
     Args:
         failed: by method, the seeds whose cells failed.
@@ -40,8 +42,9 @@ def conclude(analysis: Analysis, failed: Mapping[str, Sequence[int]] | None = No
     if len(analysis.tasks) > 1:
         for kind, control in (("to_dense", "the dense control"), ("to_random", "the random router")):
             found += _by_task(analysis.tasks, kind, control)
+    found += _training(overall.to_parent, where)
     found += _limits(analysis, failed or {})
-    return sorted(found, key=lambda sentence: ("shown", "open", "limit").index(sentence.kind))
+    return sorted(found, key=lambda sentence: ORDER.index(sentence.kind))
 
 
 def points(value: float, sign: str = "+") -> str:
@@ -136,6 +139,35 @@ def _by_task(tasks: Sequence[Result], kind: str, control: str) -> list[Sentence]
     return sentences
 
 
+def _training(found: Sequence[Difference], where: str) -> list[Sentence]:
+    """Whether the methods have gained on the checkpoint that they started from."""
+    if not found:
+        return []
+    texts = []
+    for verdict, some in (
+        ("better", [one for one in found if one.shown and one.value > 0]),
+        ("worse", [one for one in found if one.shown and one.value < 0]),
+    ):
+        if some:
+            least, most = (f((one.value for one in some), key=abs) for f in (min, max))
+            size = points(least) if points(least) == points(most) else f"{points(least)} to {points(most)}"
+            is_one = len(some) == 1
+            texts.append(
+                f"{names([one.a for one in some])} {'is' if is_one else 'are'} {verdict} than the parent that "
+                f"{'it' if is_one else 'they'} started from on {where}: {size} points (p "
+                f"{p_value(max(one.p_holm for one in some))}{'' if is_one else ' or less'} after Holm)."
+            )
+    rest = [one.a for one in found if not one.shown]
+    if rest:
+        texts.append(f"Neither gain nor loss against the parent is shown on {where} for {names(rest)}.")
+    if not any(one.shown and one.value > 0 for one in found):
+        texts.append(
+            "No method is shown to gain on its parent, so this training is not one in which a method could prove "
+            "itself: other learning rates, more steps or other data come first."
+        )
+    return [Sentence("training", text) for text in texts]
+
+
 def _limits(analysis: Analysis, failed: Mapping[str, Sequence[int]]) -> list[Sentence]:
     overall, count = analysis.overall, len(analysis.seeds)
     texts = []
@@ -171,7 +203,7 @@ def _limits(analysis: Analysis, failed: Mapping[str, Sequence[int]]) -> list[Sen
         texts.append(f"No cell of {names(overall.left_out)} has answers to all tasks: left out of {OVERALL}.")
     texts.append(
         "All of it speaks of this parent, this data and this length of training. In each family of comparisons (a "
-        "control, or all pairs; the mean, or the tasks together) a false claim has a chance of at most "
+        "control, the parent, or all pairs; the mean, or the tasks together) a false claim has a chance of at most "
         f"{100 * ALPHA:.0f} %."
     )
     return [Sentence("limit", text) for text in texts]

@@ -44,14 +44,23 @@ def make_parent(matrix: Matrix) -> None:
     check_parent(matrix)
     if is_there(matrix):
         return
-    ranks = max(1, len(visible()))
     for recipe in matrix.parent_recipes:
-        print(f"compare: making the parent: {recipe}, {ranks} process(es)", flush=True)
-        environment = {"PYTHONUNBUFFERED": "1"}
-        if not visible():
-            environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores()))
-        code = run_ranks([sys.executable, "-m", "llava_moe.cell", "train", str(recipe)], ranks, environment)
+        print(f"compare: making the parent: {recipe}, {ranks()} process(es)", flush=True)
+        code = run_ranks([sys.executable, "-m", "llava_moe.cell", "train", str(recipe)], ranks(), environment())
         if code == STOPPED:
             sys.exit(STOPPED)
         if code:
             raise RecipeError(f"{recipe}: the parent's training failed with exit code {code}; see above")
+
+
+def ranks() -> int:
+    """Processes that work on the parent: one for each GPU."""
+    return max(1, len(visible()))
+
+
+def environment() -> dict[str, str]:
+    """What those processes need beside the variables of ranks: on a CPU all threads, as nothing runs beside them."""
+    found = {"PYTHONUNBUFFERED": "1"}
+    if not visible():
+        found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores()))
+    return found

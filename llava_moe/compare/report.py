@@ -17,9 +17,9 @@ import jinja2
 from markupsafe import Markup
 
 from llava_moe.compare import figures, report_tables
-from llava_moe.compare.conclusions import conclude
+from llava_moe.compare.conclusions import ORDER, conclude
 from llava_moe.compare.figures import Curve
-from llava_moe.compare.stats import Analysis
+from llava_moe.compare.stats import KINDS, Analysis
 from llava_moe.evaluation import EvaluationError
 
 HTML, MARKDOWN, JSON = "report.html", "report.md", "comparison.json"
@@ -99,7 +99,7 @@ def write_report(folder: Path, inputs: ReportInputs) -> None:
     sentences = conclude(inputs.analysis, {method: sorted(set(seeds)) for method, seeds in failed.items()})
     shared = {
         "inputs": inputs,
-        "sentences": {kind: [s.text for s in sentences if s.kind == kind] for kind in ("shown", "open", "limit")},
+        "sentences": {kind: [s.text for s in sentences if s.kind == kind] for kind in ORDER},
         "tables": report_tables.all_tables(inputs),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,11 @@ def _write(path: Path, text: str) -> None:
 def _figures(inputs: ReportInputs) -> dict[str, list[str]]:
     overall, methods = inputs.analysis.overall, inputs.methods
     drawn = {"scores": [figures.scores(overall.scores)], "pareto": [], "balance": [], "curves": []}
-    for found, control in ((overall.to_dense, inputs.analysis.dense), (overall.to_random, inputs.analysis.random)):
+    for found, control in (
+        (overall.to_dense, inputs.analysis.dense),
+        (overall.to_random, inputs.analysis.random),
+        (overall.to_parent, "parent"),
+    ):
         if found:
             drawn["scores"].append(figures.differences(found, str(control), f"against-{control}"))
     costs = (
@@ -180,7 +184,7 @@ def _figures(inputs: ReportInputs) -> dict[str, list[str]]:
 def _numbers(inputs: ReportInputs, sentences: list[dict[str, str]]) -> dict[str, Any]:
     analysis = asdict(inputs.analysis)
     for result in (analysis["overall"], *analysis["tasks"]):
-        for kind in ("to_dense", "to_random", "pairs"):
+        for kind in KINDS:
             for one in result[kind]:
                 parts = one.pop("parts")
                 one["variance"] = {

@@ -102,10 +102,13 @@ def _main(inputs: ReportInputs) -> Table:
     random = {one.a: one for one in analysis.overall.to_random}
     head = ["method", "score", "above dense", "p", "detectable"]
     head += ["above random", "p", "detectable"] if analysis.random is not None else []
+    head += ["above parent", "p"] if analysis.overall.to_parent else []
+    parent = {one.a: one for one in analysis.overall.to_parent}
     rows = []
     for name, score in analysis.overall.scores.items():
         row = [_method(name, inputs), _score(score), *_difference(dense.get(name))]
         row += _difference(random.get(name)) if analysis.random is not None else []
+        row += _difference(parent[name])[:2] if parent else []
         low, high = score.ranks
         rows.append([*row, Cell(str(score.rank), f"[{low}, {high}]"), Cell(str(len(score.by_seed)))])
     note = (
@@ -113,6 +116,8 @@ def _main(inputs: ReportInputs) -> Table:
         "methods of the column. Detectable: the difference that would have been found four times out of five. Rank: "
         "with those that the tests of all pairs leave open. Bold: a difference that the corrected test shows."
     )
+    if analysis.overall.parent is not None:
+        note += f" Parent: the checkpoint that all started from, with {points(analysis.overall.parent, '')}."
     title = "Scores, mean over tasks" if len(analysis.tasks) > 1 else f"Scores on {analysis.tasks[0].name}"
     return Table("main", title, note, [*head, "rank", "seeds"], rows)
 
@@ -132,6 +137,8 @@ def _by_task(analysis: Analysis) -> Table:
             else:
                 row.append(Cell(score, f"{points(one.value)} {interval(one.interval)}", one.shown))
         rows.append(row)
+    if analysis.overall.parent is not None:
+        rows.append([Cell("parent", "before"), *(Cell(_number(task.parent, 100, "{:.1f}")) for task in analysis.tasks)])
     detectable = [Cell("detectable")]
     for task in analysis.tasks:
         sizes = [one.detectable for one in task.to_dense]

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llava_moe.compare import cells, costs, questions
+from llava_moe.compare import cells, costs, questions, reference
+from llava_moe.compare.answers import Answers
 from llava_moe.compare.costs import Planned
 from llava_moe.compare.devices import machine, visible
 from llava_moe.compare.matrix import DENSE, RANDOM, Cell, Matrix
@@ -20,7 +21,7 @@ from llava_moe.compare.outline import describe, plan
 from llava_moe.compare.parent import is_there, make_parent
 from llava_moe.compare.report import HTML, MARKDOWN, Failure, ReportInputs, write_report
 from llava_moe.compare.schedule import Schedule
-from llava_moe.compare.stats import Answers, analyse
+from llava_moe.compare.stats import analyse
 from llava_moe.evaluation import EvaluationError
 from llava_moe.evaluation.run import versions
 from llava_moe.training.data import check_plain, plain_sources
@@ -116,9 +117,10 @@ def run_cells(matrix: Matrix) -> list[Failure]:
     shared = shared_of(matrix)
     plans = {cell: cells.plan_of(matrix, cell, shared) for cell in matrix.cells}
     todo = [cell for cell, found in plans.items() if not cells.is_done(cell, found.key)]
+    questions.write(matrix)
     if todo:
-        questions.write(matrix)
         _check_data(matrix, todo)
+    reference.score_parent(matrix, shared)
     for cell in todo:
         cells.write_plan(cell, plans[cell])
     config = matrix.config
@@ -158,7 +160,7 @@ def report(matrix: Matrix, plans: Mapping[str, Planned], failures: Sequence[Fail
         )
         for task in names
     ]
-    analysis = analyse(tables, DENSE, RANDOM)
+    analysis = analyse(tables, DENSE, RANDOM, reference.answers_of(matrix, shared_of(matrix)))
     far = costs.unmatched(matrix, plans) if plans else []
     facts = {
         name: costs.facts_of(matrix, name, plans.get(name), name in far, [c for c in done if c.method == name])

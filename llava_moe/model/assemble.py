@@ -112,13 +112,18 @@ def fingerprint(path: str | Path) -> str:
     """
     digest = hashlib.sha256((Path(path) / "config.json").read_bytes())
     for file in sorted(Path(path).glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(_PROBE))
-            handle.seek(max(size - _PROBE, 0))
-            digest.update(handle.read(_PROBE))
+        mark_file(digest, file)
     return digest.hexdigest()
+
+
+def mark_file(digest: Any, file: Path) -> None:
+    """Adds name, size, head and tail (1 MiB each) of a file to a `hashlib` digest."""
+    size = file.stat().st_size
+    digest.update(f"{file.name} {size}".encode())
+    with file.open("rb") as handle:
+        digest.update(handle.read(_PROBE))
+        handle.seek(max(size - _PROBE, 0))
+        digest.update(handle.read(_PROBE))
 
 
 def load_model(

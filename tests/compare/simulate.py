@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from llava_moe.compare.stats import Answers
+from llava_moe.compare.answers import Answers
 
 DIFFICULTY, TASTE, FLIP = 2.0, 0.5, 0.5  # sd over questions, of method x question, and of each single answer
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from llava_moe.compare.answers import Answers
 from llava_moe.compare.report import Failure, MethodFacts, ReportInputs
-from llava_moe.compare.stats import Answers, analyse
+from llava_moe.compare.stats import analyse
 from tests.compare import simulate
 
 NAMES = ("dense", "random", "top_k", "sigmoid_bias", "cosine", "remoe", "shared_expert", "noisy")

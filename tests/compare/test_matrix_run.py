@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from llava_moe import cell as program
-from llava_moe.compare import cells, costs
+from llava_moe.compare import cells, costs, reference
 from llava_moe.compare import run as compare
 from llava_moe.compare.matrix import DENSE, RANDOM, Cell, Matrix
 from llava_moe.compare.parent import make_parent
@@ -25,6 +25,7 @@ from llava_moe.compare.report import Failure
 from llava_moe.config import RecipeError
 from llava_moe.data.dataset import ConversationDataset
 from llava_moe.training.metrics import read_metrics
+from llava_moe.training.stopping import STOPPED
 from tests.compare.matrices import METHODS, STEPS, write_matrix, write_parts
 
 REPO = Path(__file__).parents[2]
@@ -47,10 +48,19 @@ class HereSchedule:
         return failures
 
 
+def score_here(command: Sequence[str], number: int, environment: Mapping[str, str]) -> int:
+    """The scoring of the parent, in this process as well."""
+    assert command[1:-1] == ["-m", "llava_moe.cell", "parent"]
+    program.score_parent(Path(command[-1]))
+    return 0
+
+
 def compare_here(matrix: Path, *overrides: str) -> None:
     parser = argparse.ArgumentParser()
     compare.add_arguments(parser)
-    compare.main(parser.parse_args([str(matrix), *overrides]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "run_ranks", score_here)
+        compare.main(parser.parse_args([str(matrix), *overrides]))
 
 
 @contextmanager
@@ -153,6 +163,35 @@ def test_the_report_holds_costs_curves_and_brittleness(finished: Matrix) -> None
     assert any("dense control's active parameters" in notice for notice in written["notices"])
     assert any("6 questions of each of local_gqa" in notice for notice in written["notices"])
     assert (finished.out / compare.REPORT / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_parent_answers_the_same_questions_and_is_compared_with(finished: Matrix) -> None:
+    answers = reference.answers_of(finished, compare.shared_of(finished))
+    assert answers is not None
+    assert answers["local_gqa"].keys() == cells.answers_of(finished.cell("top_k", 1))["local_gqa"].keys()
+    overall = json.loads((finished.out / compare.REPORT / "comparison.json").read_text())["analysis"]["overall"]
+    assert overall["parent"] == pytest.approx(costs.mean_of(answers))
+    assert {one["a"] for one in overall["to_parent"]} == set(finished.methods)
+    other = Matrix(finished.path, ["scoring.limit=8"])
+    assert reference.answers_of(other, compare.shared_of(other)) is None  # those are not the questions of this one
+
+
+@pytest.mark.slow
+def test_a_parent_that_cannot_be_scored_ends_the_matrix_before_any_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parts(tmp_path)
+    matrix = Matrix(write_matrix(tmp_path, brittleness=None))
+    monkeypatch.setattr(reference, "run_ranks", lambda *args: 3)
+    with pytest.raises(RecipeError, match=r"parent could not be scored \(exit code 3\)"):
+        compare.run_cells(matrix)
+    assert not list(matrix.out.rglob(cells.STATE))  # none has begun a step
+    assert not list(matrix.out.glob(f"cells/*/*/{cells.PLAN}"))
+    monkeypatch.setattr(reference, "run_ranks", lambda *args: STOPPED)
+    with pytest.raises(SystemExit) as error:
+        compare.run_cells(matrix)
+    assert error.value.code == STOPPED
 
 
 @pytest.mark.slow

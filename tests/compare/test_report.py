@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from llava_moe.compare import conclusions, figures, report_tables
+from llava_moe.compare.answers import Answers
 from llava_moe.compare.conclusions import conclude
 from llava_moe.compare.report import HTML, JSON, MARKDOWN, MethodFacts, ReportInputs, write_report
-from llava_moe.compare.stats import Analysis, Answers, Difference, analyse
+from llava_moe.compare.stats import Analysis, Difference, analyse
 from llava_moe.compare.variance import Part
 from llava_moe.evaluation import EvaluationError
 from tests.compare import simulate, synthetic

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from llava_moe.compare import bootstrap, stats, variance
-from llava_moe.compare.stats import Analysis, Answers, Difference, analyse
+from llava_moe.compare.answers import Answers
+from llava_moe.compare.stats import Analysis, Difference, analyse
 from llava_moe.compare.student import f_upper, incomplete_beta, t_quantile, t_two_sided
 from llava_moe.evaluation import EvaluationError
 from tests.compare import simulate
