@@ -149,23 +149,34 @@ def _training(found: Sequence[Difference], where: str) -> list[Sentence]:
         ("worse", [one for one in found if one.shown and one.value < 0]),
     ):
         if some:
-            least, most = (f((one.value for one in some), key=abs) for f in (min, max))
-            size = points(least) if points(least) == points(most) else f"{points(least)} to {points(most)}"
             is_one = len(some) == 1
             texts.append(
                 f"{names([one.a for one in some])} {'is' if is_one else 'are'} {verdict} than the parent that "
-                f"{'it' if is_one else 'they'} started from on {where}: {size} points (p "
+                f"{'it' if is_one else 'they'} started from on {where}: {_sizes(some)} points (p "
                 f"{p_value(max(one.p_holm for one in some))}{'' if is_one else ' or less'} after Holm)."
             )
     rest = [one.a for one in found if not one.shown]
     if rest:
         texts.append(f"Neither gain nor loss against the parent is shown on {where} for {names(rest)}.")
+    alone = [one for one in found if not one.shown and not one.interval[0] <= 0 <= one.interval[1]]
+    if alone:
+        texts.append(
+            f"The difference of {names([one.a for one in alone])} to the parent ({_sizes(alone)} points) leaves out 0 "
+            f"on its own, but p {p_value(min(one.p_holm for one in alone))}{'' if len(alone) == 1 else ' or more'} "
+            f"after Holm over {len(found)} comparisons: not a finding."
+        )
     if not any(one.shown and one.value > 0 for one in found):
         texts.append(
-            "No method is shown to gain on its parent, so this training is not one in which a method could prove "
-            "itself: other learning rates, more steps or other data come first."
+            "No method is shown to gain on its parent: what methods gain cannot be compared in a training that gains "
+            "nothing. Other learning rates, more steps or other data come first."
         )
     return [Sentence("training", text) for text in texts]
+
+
+def _sizes(of: Sequence[Difference]) -> str:
+    """+0.4, or -3.0 to -3.3: the smallest and the largest, by size."""
+    least, most = (points(f((one.value for one in of), key=abs)) for f in (min, max))
+    return least if least == most else f"{least} to {most}"
 
 
 def _limits(analysis: Analysis, failed: Mapping[str, Sequence[int]]) -> list[Sentence]:

@@ -44,10 +44,10 @@ Against the parent, which is one checkpoint without seeds of its own, 95.2 to 97
 1.5 to 3 % of the experiments claim a gain or loss that is none (6 methods, 3 or 5 seeds, 100 to 300 questions, one task
 or two, 0.8 to 3.3 points over seeds; tests/compare/test_parent.py).
 
-So one case in the table stays under 93: three seeds and a dense control far less stable than every router. Satterthwaite's single t
-in the place of `variance.margin` made false claims in 8 % (3 seeds, 100 questions), and with each comparison's own
-variance in up to 12 % (5 comparisons with the control). Of true differences of 6 points 65 % are shown with 3 seeds, of
-4 points 26 %; with 5 seeds 86 % and 48 %.
+So one case in the table stays under 93: three seeds and a dense control far less stable than every router.
+Satterthwaite's single t in the place of `variance.margin` made false claims in 8 % (3 seeds, 100 questions), and with
+each comparison's own variance in up to 12 % (5 comparisons with the control). Of true differences of 6 points 65 % are
+shown with 3 seeds, of 4 points 26 %; with 5 seeds 86 % and 48 %.
 """
 
 from __future__ import annotations

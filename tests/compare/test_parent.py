@@ -109,7 +109,20 @@ def test_a_planted_change_is_a_sentence(parent: float, verdict: str) -> None:
     for name in ("dense", "random", "m2", "m3"):
         assert name in found[0]
     assert ("-" in found[0].split(": ")[1]) == (verdict == "worse")
-    assert any("other learning rates" in text for text in found) == (verdict == "worse")
+    assert any("gains nothing" in text for text in found) == (verdict == "worse")
+
+
+def test_what_the_correction_takes_back_is_said() -> None:
+    rng = np.random.default_rng(6)
+    table = (rng.random((8, 3, 200)) < 0.6).astype(float)
+    answers = Answers("task", ("dense", *"abcdefg"), (1, 2, 3), tuple(f"q{i}" for i in range(200)), table)
+    parent = (rng.random(200) < 0.7).astype(float)
+    analysis = analyse([answers], "dense", None, {"task": dict(zip(answers.questions, parent.tolist(), strict=True))})
+    alone = [one.a for one in analysis.overall.to_parent if not one.shown and one.interval[1] < 0]
+    assert alone
+    said = next(text for text in texts(analysis, "training") if "not a finding" in text)
+    assert all(name in said for name in alone)
+    assert "on its own, but p = ." in said
 
 
 def test_without_a_change_or_a_parent_there_is_no_claim() -> None:
