@@ -3,6 +3,7 @@ a scoring that cannot work fails before anything is trained."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def score_parent(matrix: Matrix, shared: cells.Shared) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     records.write_json(folder / cells.PLAN, {"checkpoint": checkpoint, "scoring": of_scoring(matrix).as_json()})
     code = run_ranks([sys.executable, "-m", "llava_moe.cell", "parent", str(folder)], ranks(), environment())
-    if code in (STOPPED, -15):  # scoring has nothing to save, and ends at once
+    if code in (STOPPED, -signal.SIGTERM):  # scoring has nothing to save, and ends at once
+        print("compare: stopped; start it again to go on", flush=True)
         sys.exit(STOPPED)
     if code:
         raise RecipeError(f"{checkpoint}: the parent could not be scored (exit code {code}); see above")
