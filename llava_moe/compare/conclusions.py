@@ -86,12 +86,7 @@ def _against(found: Sequence[Difference], control: str, where: str) -> list[Sent
     if single:
         sentences.append(Sentence("open", f"One seed: no claim about {names(single)} against {control} on {where}."))
     if rest:
-        least, most = (points(f(one.detectable for one in rest), "") for f in (min, max))
-        size = f"under {least} points" if least == most else f"under {least} to {most} points, by method,"
-        text = (
-            f"No difference from {control} is shown on {where} for {names([one.a for one in rest])}; "
-            f"one {size} could not have been seen reliably (80 % power)."
-        )
+        text = f"No difference from {control} is shown on {where} for {names([one.a for one in rest])}; {_unseen(rest)}"
         sentences.append(Sentence("open", text))
     for one in rest:
         if not one.interval[0] <= 0 <= one.interval[1]:
@@ -101,6 +96,13 @@ def _against(found: Sequence[Difference], control: str, where: str) -> list[Sent
             )
             sentences.append(Sentence("open", text))
     return sentences
+
+
+def _unseen(found: Sequence[Difference]) -> str:
+    """How large a difference would have had to be."""
+    least, most = (points(f(one.detectable for one in found), "") for f in (min, max))
+    size = f"under {least} points" if least == most else f"under {least} to {most} points, by method,"
+    return f"one {size} could not have been seen reliably (80 % power)."
 
 
 def _order(result: Result, where: str) -> list[Sentence]:
@@ -155,10 +157,16 @@ def _training(found: Sequence[Difference], where: str) -> list[Sentence]:
                 f"{'it' if is_one else 'they'} started from on {where}: {_sizes(some)} points (p "
                 f"{p_value(max(one.p_holm for one in some))}{'' if is_one else ' or less'} after Holm)."
             )
-    rest = [one.a for one in found if not one.shown]
+    single = [one.a for one in found if not one.shown and one.num_seeds == 1]
+    if single:
+        texts.append(f"One seed: no claim about {names(single)} against the parent on {where}.")
+    rest = [one for one in found if not one.shown and one.num_seeds > 1]
     if rest:
-        texts.append(f"Neither gain nor loss against the parent is shown on {where} for {names(rest)}.")
-    alone = [one for one in found if not one.shown and not one.interval[0] <= 0 <= one.interval[1]]
+        texts.append(
+            f"Neither gain nor loss against the parent is shown on {where} for {names([one.a for one in rest])}; "
+            f"{_unseen(rest)}"
+        )
+    alone = [one for one in rest if not one.interval[0] <= 0 <= one.interval[1]]
     if alone:
         texts.append(
             f"The difference of {names([one.a for one in alone])} to the parent ({_sizes(alone)} points) leaves out 0 "
@@ -167,8 +175,8 @@ def _training(found: Sequence[Difference], where: str) -> list[Sentence]:
         )
     if not any(one.shown and one.value > 0 for one in found):
         texts.append(
-            "No method is shown to gain on its parent: what methods gain cannot be compared in a training that gains "
-            "nothing. Other learning rates, more steps or other data come first."
+            "No method is shown to gain on its parent, so nothing here says that this training improves the model: "
+            "that is the first thing to look at, by more seeds or questions, or by other rates, steps or data."
         )
     return [Sentence("training", text) for text in texts]
 

@@ -35,7 +35,7 @@ def check_parent(matrix: Matrix) -> None:
 
 
 def make_parent(matrix: Matrix) -> None:
-    """Trains the shared parent where it is not there, on all devices; its recipes go on where they stood.
+    """Trains the shared parent where it is not there, on all devices of the matrix; its recipes go on where they stood.
 
     Raises:
         RecipeError: see `check_parent`, or a recipe failed.
@@ -45,22 +45,22 @@ def make_parent(matrix: Matrix) -> None:
     if is_there(matrix):
         return
     for recipe in matrix.parent_recipes:
-        print(f"compare: making the parent: {recipe}, {ranks()} process(es)", flush=True)
-        code = run_ranks([sys.executable, "-m", "llava_moe.cell", "train", str(recipe)], ranks(), environment())
+        number, environment = processes(matrix)
+        print(f"compare: making the parent: {recipe}, {number} process(es)", flush=True)
+        code = run_ranks([sys.executable, "-m", "llava_moe.cell", "train", str(recipe)], number, environment)
         if code == STOPPED:
             sys.exit(STOPPED)
         if code:
             raise RecipeError(f"{recipe}: the parent's training failed with exit code {code}; see above")
 
 
-def ranks() -> int:
-    """Processes that work on the parent: one for each GPU."""
-    return max(1, len(visible()))
-
-
-def environment() -> dict[str, str]:
-    """What those processes need beside the variables of ranks: on a CPU all threads, as nothing runs beside them."""
-    found = {"PYTHONUNBUFFERED": "1"}
-    if not visible():
-        found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores()))
-    return found
+def processes(matrix: Matrix) -> tuple[int, dict[str, str]]:
+    """How many processes work on the parent, one for each GPU of the matrix, and what they need beside the variables of
+    ranks: on a CPU all threads, as nothing runs beside them."""
+    environment = {"PYTHONUNBUFFERED": "1"}
+    devices = matrix.config.devices or visible()
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    else:
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores()))
+    return max(1, len(devices)), environment

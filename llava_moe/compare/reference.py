@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_moe.compare import cells
 from llava_moe.compare.matrix import Matrix
-from llava_moe.compare.parent import environment, ranks
+from llava_moe.compare.parent import processes
 from llava_moe.compare.questions import of_scoring
 from llava_moe.compare.ranks import run_ranks
 from llava_moe.config import RecipeError
@@ -23,7 +23,7 @@ def folder_of(matrix: Matrix) -> Path:
 
 
 def score_parent(matrix: Matrix, shared: cells.Shared) -> None:
-    """Scores the parent on all devices, unless that was done; goes on with the answers that are there.
+    """Scores the parent on all devices of the matrix, unless that was done; goes on with the answers that are there.
 
     Raises:
         RecipeError: the scoring failed.
@@ -32,11 +32,12 @@ def score_parent(matrix: Matrix, shared: cells.Shared) -> None:
     folder, key = folder_of(matrix), _key(matrix, shared)
     if cells.key_in(folder / cells.DONE) == key:
         return
-    print(f"compare: scoring the parent, {ranks()} process(es)", flush=True)
+    number, environment = processes(matrix)
+    print(f"compare: scoring the parent, {number} process(es)", flush=True)
     checkpoint = matrix.config.parent.checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     records.write_json(folder / cells.PLAN, {"checkpoint": checkpoint, "scoring": of_scoring(matrix).as_json()})
-    code = run_ranks([sys.executable, "-m", "llava_moe.cell", "parent", str(folder)], ranks(), environment())
+    code = run_ranks([sys.executable, "-m", "llava_moe.cell", "parent", str(folder)], number, environment)
     if code in (STOPPED, -signal.SIGTERM):  # scoring has nothing to save, and ends at once
         print("compare: stopped; start it again to go on", flush=True)
         sys.exit(STOPPED)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llava_moe.compare import cells, costs, questions
+from llava_moe.compare import cells, costs, parent, questions
 from llava_moe.compare.matrix import DENSE, RANDOM, Matrix
 from llava_moe.compare.outline import describe, plan
 from llava_moe.config import RecipeError, dump_resolved, load_recipe
@@ -297,6 +297,19 @@ def test_training_data_are_told_apart_by_content(tmp_path: Path) -> None:
     assert cells.mark_of(matrix.checked) == first
     (tmp_path / "data.json").write_text("[2]")
     assert cells.mark_of(matrix.checked) != first
+
+
+def test_the_parent_gets_the_devices_of_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent, "visible", lambda: ["0", "1", "2", "3"])
+    number, environment = parent.processes(make_matrix(tmp_path, devices=["1", "3"], jobs=2))
+    assert (number, environment["CUDA_VISIBLE_DEVICES"]) == (2, "1,3")
+    number, environment = parent.processes(make_matrix(tmp_path))
+    assert (number, environment["CUDA_VISIBLE_DEVICES"]) == (4, "0,1,2,3")
+    monkeypatch.setattr(parent, "visible", list)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    number, environment = parent.processes(make_matrix(tmp_path))
+    assert (number, environment["OMP_NUM_THREADS"]) == (1, "7")
+    assert "CUDA_VISIBLE_DEVICES" not in environment
 
 
 def test_deepspeed_is_kept_where_a_cell_has_several_devices(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_planted_change_is_a_sentence(parent: float, verdict: str) -> None:
     for name in ("dense", "random", "m2", "m3"):
         assert name in found[0]
     assert ("-" in found[0].split(": ")[1]) == (verdict == "worse")
-    assert any("gains nothing" in text for text in found) == (verdict == "worse")
+    assert any("No method is shown to gain" in text for text in found) == (verdict == "worse")
 
 
 def test_what_the_correction_takes_back_is_said() -> None:
@@ -125,10 +125,17 @@ def test_what_the_correction_takes_back_is_said() -> None:
     assert "on its own, but p = ." in said
 
 
+def test_with_one_seed_nothing_is_claimed_about_the_training() -> None:
+    found = texts(analysed(np.random.default_rng(7), [0.9] * 3, 0.3, 1, 300), "training")
+    assert found[0].startswith("One seed: no claim about ")
+    assert not any("Neither gain" in text or "not a finding" in text for text in found)
+
+
 def test_without_a_change_or_a_parent_there_is_no_claim() -> None:
     rng = np.random.default_rng(2)
     found = texts(analysed(rng, [0.7] * 4, 0.7, 3, 300), "training")
     assert found[0].startswith("Neither gain nor loss against the parent is shown on task for ")
+    assert "could not have been seen reliably" in found[0]
     answers, _ = drawn(rng, [0.7] * 4, 0.7, 3, 300)
     bare = analyse([answers], "dense", "random")
     assert texts(bare, "training") == []

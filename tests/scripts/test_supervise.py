@@ -12,7 +12,7 @@ import pytest
 
 REPO = Path(__file__).parents[2]
 # Ends with 75 when it is asked to stop, as a run does; a launcher that heard of SIGTERM itself would end with 143.
-RUN = 'touch "$READY"; for i in $(seq 4000); do [ -e "$LLAVA_MOE_STOP_FILE" ] && exit 75; sleep 0.05; done; exit 9'
+RUN = 'touch "$READY"; for i in $(seq 400); do [ -e "$LLAVA_MOE_STOP_FILE" ] && exit 75; sleep 0.05; done; exit 9'
 
 
 class Supervised:
@@ -42,8 +42,8 @@ class Supervised:
         return self
 
     def ended(self) -> tuple[int, str]:
-        """Exit code and what went to stderr; an error where it goes on for a minute, as RUN by itself does."""
-        _, said = self.process.communicate(timeout=60)
+        """Exit code and what went to stderr."""
+        _, said = self.process.communicate(timeout=30)
         return self.process.returncode, said
 
 
@@ -67,7 +67,10 @@ def test_a_request_reaches_the_run_and_not_the_launcher(number: int, whole_group
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_ctrl_c_and_a_lost_terminal_end_the_launcher_at_once(number: int, code: int, tmp_path: Path) -> None:
-    assert Supervised(tmp_path, RUN).signalled(number).ended()[0] == code
+    signalled = Supervised(tmp_path, RUN).signalled(number)
+    began = time.monotonic()  # from the signal on: how long a busy machine takes to start it is not the question
+    assert signalled.ended()[0] == code
+    assert time.monotonic() - began < 15
 
 
 def test_several_nodes_are_asked_through_the_folder_of_the_run(tmp_path: Path) -> None:
